@@ -1,0 +1,99 @@
+"""Tiny models from configs, the embedded backbone, and a handful of requests."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data_sample")]
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mosaic import NEUTRAL, ControlTokens, Request
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+CATEGORIES = ["addiction", "alcohol", "betting", "horror", "sex"]
+EMBEDDED = ROOT / "data_sample" / "tiny_chat"
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=256,
+)
+FAMILIES = {
+    "llama": SMALL,
+    "qwen2": SMALL,
+    "gemma": SMALL,  # scales embeddings inside their module
+    "gemma2": SMALL | {"attn_implementation": "eager"},  # soft-caps its logits
+    "cohere": SMALL,  # multiplies its logits by a scale
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=256),  # absolute positions
+}
+
+
+def tiny_model(family: str, tokenizer, seed: int = 0):
+    """A random-weight model of a family that fits the embedded tokenizer."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **FAMILIES[family],
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():  # livelier than 0.02, so that wrong inputs show in the logits
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(5)
+    return model
+
+
+def read(name: str) -> list[dict]:
+    lines = (ROOT / "data_sample" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny_model("llama", tokenizer)
+
+
+@pytest.fixture
+def tokens(model, tokenizer):
+    return ControlTokens.for_model(model, tokenizer, CATEGORIES, tokens_per_category=3)
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def requests():
+    """Two dozen requests: four of each category, four neutral, one near miss each."""
+    found = []
+    for row in read("requests"):
+        request = Request(row["request"], row["category"], row["split"], row["near"])
+        same = [
+            q for q in found if (q.category, q.near) == (request.category, request.near)
+        ]
+        if request.split == "train" and len(same) < (1 if request.near else 4):
+            found.append(request)
+    assert sum(q.category == NEUTRAL for q in found) == 9
+    return found

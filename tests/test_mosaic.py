@@ -1,0 +1,780 @@
+"""One test per promise of mosaic.py, in its order."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections import Counter
+
+import pytest
+import torch
+from conftest import CATEGORIES, FAMILIES, ROOT, tiny_model
+from safetensors.torch import load_file, save_file
+
+import mosaic
+from mosaic import (
+    IGNORE,
+    NEUTRAL,
+    ControlTokens,
+    OrderSampler,
+    Request,
+    Row,
+    TrainConfig,
+)
+
+ASKED = [
+    "What goes in a Negroni?",
+    "Hi",
+    "Which chess opening suits a patient beginner?",
+]
+POLICIES = [("alcohol", "sex"), (), ("horror",)]
+QUICK = TrainConfig(orders=(1, 2), epochs=1, positives_per_subset=4, batch_size=8)
+
+
+def rows_of(tokenizer, tokens, answers=([9, 8], [7], [6, 5, 4])):
+    return [
+        Row(mosaic.prompt_ids(tokenizer, asked), tokens.compose(policy), answer)
+        for asked, policy, answer in zip(ASKED, POLICIES, answers)
+    ]
+
+
+def own_ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# --- 1. Requests and policies, 2. Control tokens --------------------------------------
+
+
+def test_importing_mosaic_prints_nothing_and_fetches_nothing():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import mosaic"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_policy_is_used_in_the_order_of_the_table(tokens):
+    assert mosaic.canonical({"sex", "alcohol"}, CATEGORIES) == ("alcohol", "sex")
+    both = tokens.compose(["sex", "alcohol"])
+    assert torch.equal(both, torch.cat([tokens.vectors[1], tokens.vectors[4]]))
+
+
+@pytest.mark.parametrize("policy", [["tobacco"], "alcohol", ["alcohol", "Sex"]])
+def test_a_policy_with_an_unknown_category_names_the_known_ones(tokens, policy):
+    with pytest.raises(ValueError, match="addiction, alcohol, betting, horror, sex"):
+        tokens.compose(policy)
+
+
+def test_composing_a_policy_gives_m_vectors_per_category(tokens):
+    assert tokens.compose(["alcohol", "horror"]).shape == (6, 32)
+    assert tokens.compose([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_start_values_stand_at_the_scale_of_the_embedding_module(family, tokenizer):
+    model = tiny_model(family, tokenizer)
+    table = ControlTokens.for_model(model, tokenizer, ["alcohol"], 64)
+    embed = model.get_input_embeddings()
+    ids = torch.tensor(own_ids(tokenizer, "alcohol"))
+    mean, spread = embed(ids).mean(0), embed(torch.arange(99)).std()
+    assert (table.vectors[0].mean(0) - mean).abs().mean() < 0.3 * spread
+    assert table.vectors[0].std() > 0.8 * spread
+
+
+@pytest.mark.parametrize(
+    "names, m", [(["a", "a"], 5), ([""], 5), ([NEUTRAL], 5), (["a"], 0), (["a"], -1)]
+)
+def test_a_table_refuses_bad_names_and_sizes(model, tokenizer, names, m):
+    with pytest.raises(ValueError, match="distinct names"):
+        ControlTokens.for_model(model, tokenizer, names, m)
+
+
+def test_a_table_grows_by_new_categories_and_keeps_the_old_vectors(model, tokenizer):
+    table = ControlTokens.for_model(model, tokenizer, ["alcohol"])
+    old = table.vectors[0].detach().clone()
+    table.add(model, tokenizer, ["horror", "sex"])
+    assert table.categories == ["alcohol", "horror", "sex"]
+    assert torch.equal(table.vectors[0], old)
+    fresh = ControlTokens.for_model(model, tokenizer, ["sex"])
+    assert torch.equal(table.vectors[2], fresh.vectors[0])  # the name alone decides
+    with pytest.raises(ValueError, match="distinct names"):
+        table.add(model, tokenizer, ["alcohol"])
+
+
+def test_save_and_load_return_the_same_table(model, tokens, tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    tokens.save(path)
+    again = ControlTokens.load(path, model)
+    assert (again.categories, again.about) == (tokens.categories, tokens.about)
+    assert all(map(torch.equal, again.vectors, tokens.vectors))
+    assert [p.name for p in tmp_path.iterdir()] == ["tokens.safetensors"]
+
+
+def test_one_checkpoint_has_one_fingerprint_in_fp32_and_bf16(model, tokens, tmp_path):
+    tokens.save(tmp_path / "t")
+    half = model.to(torch.bfloat16)
+    assert ControlTokens.load(tmp_path / "t", half).categories == CATEGORIES
+
+
+def test_a_table_for_another_backbone_is_refused(tokenizer, tokens, tmp_path):
+    tokens.save(tmp_path / "t")
+    with pytest.raises(ValueError, match="another backbone"):
+        ControlTokens.load(tmp_path / "t", tiny_model("llama", tokenizer, seed=1))
+
+
+def damage(path, how, tokens):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif how == "pickle":
+        torch.save({"alcohol": torch.zeros(3, 32)}, path)
+    elif how == "no metadata":
+        save_file(load_file(path), path)
+    elif how == "missing":
+        path.unlink()
+    else:
+        about = {"format": 1, "categories": tokens.categories, **tokens.about}
+        about.pop(how.removeprefix("no "), None)
+        data = load_file(path)
+        if how == "a set missing":
+            del data["sex"]
+        elif how == "another width":
+            data["sex"] = torch.zeros(3, 16)
+        elif how == "not finite":
+            data["sex"][0, 0] = torch.nan
+        elif how == "newer format":
+            about["format"] = 2
+        elif how == "other placement":
+            about["placement"] = "before_bos"
+        save_file(data, path, metadata={"mosaic": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "pickle",
+        "no metadata",
+        "missing",
+        "a set missing",
+        "another width",
+        "not finite",
+        "newer format",
+        "other placement",
+        "no format",
+        "no placement",
+        "no fingerprint",
+        "no categories",
+    ],
+)
+def test_a_damaged_table_is_refused_by_name(tokens, tmp_path, how):
+    path = tmp_path / "tokens.safetensors"
+    tokens.save(path)
+    damage(path, how, tokens)
+    with pytest.raises(ValueError, match="tokens.safetensors"):
+        ControlTokens.load(path)
+
+
+# --- 3. Prompts and batches -----------------------------------------------------------
+
+
+def test_a_prompt_has_one_bos_and_ends_where_the_answer_begins(tokenizer):
+    ids = mosaic.prompt_ids(tokenizer, "Hi")
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+    ]
+    whole = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert whole[: len(ids)] == ids and "Hello" in tokenizer.decode(whole[len(ids) :])
+
+
+def test_control_tokens_stand_right_after_bos_and_padding_only_at_the_left(
+    model, tokenizer, tokens
+):
+    rows = rows_of(tokenizer, tokens)
+    batch = mosaic.make_batch(model, tokenizer, rows)
+    embed = model.get_input_embeddings()
+    for i, (prompt, control, answer) in enumerate(rows):
+        text = embed(torch.tensor(prompt + answer))
+        whole = torch.cat([text[:1], control, text[1:]])
+        start = batch.inputs_embeds.shape[1] - len(whole)
+        assert torch.equal(batch.inputs_embeds[i, start:], whole)
+        assert batch.attention_mask[i].tolist() == [False] * start + [True] * len(whole)
+        assert batch.position_ids[i, start:].tolist() == list(range(len(whole)))
+        assert batch.labels[i, -len(answer) :].tolist() == answer
+        assert (batch.labels[i, : -len(answer)] == IGNORE).all()
+
+
+def test_without_a_bos_the_tokens_stand_first(model, tokenizer, tokens):
+    control = tokens.compose(["sex"])
+    batch = mosaic.make_batch(model, tokenizer, [Row([40, 41], control)])
+    assert torch.equal(batch.inputs_embeds[0, :3], control)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_policy_gives_the_backbones_own_logits(family, tokenizer):
+    model = tiny_model(family, tokenizer)
+    table = ControlTokens.for_model(model, tokenizer, CATEGORIES)
+    prompt, answer = mosaic.prompt_ids(tokenizer, ASKED[0]), [9, 8, 7]
+    batch = mosaic.make_batch(
+        model, tokenizer, [Row(prompt, table.compose([]), answer)]
+    )
+    with torch.no_grad():
+        found = model(
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+        ).logits
+        chosen = mosaic.answer_logits(model, batch)[0]
+        plain = model(input_ids=torch.tensor([prompt + answer])).logits
+    assert torch.equal(found, plain)
+    torch.testing.assert_close(chosen, plain[0, -4:-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_policy_padded_batch_equals_row_by_row(family, tokenizer):
+    model = tiny_model(family, tokenizer)
+    rows = rows_of(tokenizer, ControlTokens.for_model(model, tokenizer, CATEGORIES))
+    with torch.no_grad():
+        logits, labels, states = mosaic.answer_logits(
+            model, mosaic.make_batch(model, tokenizer, rows)
+        )
+        alone = [
+            mosaic.answer_logits(model, mosaic.make_batch(model, tokenizer, [row]))[0]
+            for row in rows
+        ]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert labels.tolist() == [9, 8, 7, 6, 5, 4] and len(states) == 6
+
+
+def test_gradients_of_a_mixed_batch_equal_those_of_single_rows(
+    model, tokenizer, tokens
+):
+    model.requires_grad_(False)
+
+    def gradients(batches):
+        tokens.zero_grad()
+        for batch in batches:
+            logits, labels, _ = mosaic.answer_logits(
+                model, mosaic.make_batch(model, tokenizer, batch)
+            )
+            (mosaic.answer_loss(logits, labels) * len(labels)).backward()
+        return [torch.zeros(1) if v.grad is None else v.grad for v in tokens.vectors]
+
+    together = gradients([rows_of(tokenizer, tokens)])
+    apart = gradients([[row] for row in rows_of(tokenizer, tokens)])
+    for one, other in zip(together, apart):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert together[1].abs().sum() > 0
+
+
+# --- 4. Order-based sampling ----------------------------------------------------------
+
+
+def labelled(categories, each=6):
+    found = [
+        Request(f"{c} {i}", c) for c in (*categories, NEUTRAL) for i in range(each)
+    ]
+    return found + [
+        Request(f"near {i}", NEUTRAL, near=categories[0]) for i in range(each)
+    ]
+
+
+def sampler(categories, per_subset=100, ratio=1.0, trainable=None):
+    draw = random.Random(0)
+    requests = labelled(categories)
+    return OrderSampler(
+        requests, categories, trainable or categories, per_subset, ratio, draw
+    )
+
+
+@pytest.mark.parametrize(
+    "order, subsets, shares",
+    [(1, 5, {100}), (2, 10, {50}), (3, 10, {50}), (4, 5, {100}), (5, 1, {100})],
+)
+def test_budgets_for_five_categories_are_the_papers(order, subsets, shares):
+    positives, negatives = sampler(CATEGORIES).of_order(order)
+    counts = Counter(task.policy for task in positives)
+    assert len(counts) == subsets and set(counts.values()) == shares
+    assert Counter(task.policy for task in negatives) == counts  # 1:1, subset by subset
+
+
+def test_the_remainder_of_a_budget_is_spread_over_the_subsets():
+    positives, _ = sampler(CATEGORIES, per_subset=7).of_order(2)  # 35 over 10 subsets
+    counts = Counter(task.policy for task in positives)
+    assert sorted(counts.values()) == [3] * 5 + [4] * 5
+
+
+def test_positives_are_spread_evenly_over_the_active_categories():
+    positives, _ = sampler(CATEGORIES).of_order(4)
+    for policy in {task.policy for task in positives}:
+        counts = Counter(t.request.category for t in positives if t.policy == policy)
+        assert set(counts) == set(policy) and set(counts.values()) == {25}
+
+
+def test_negatives_come_from_inactive_categories_neutral_and_near_misses():
+    _, negatives = sampler(CATEGORIES).of_order(3)
+    for policy in {task.policy for task in negatives}:
+        kinds = Counter(
+            "near" if t.request.near else t.request.category
+            for t in negatives
+            if t.policy == policy
+        )
+        assert set(kinds) == {*CATEGORIES, NEUTRAL, "near"} - set(policy)
+        assert max(kinds.values()) - min(kinds.values()) <= 1
+    assert all(t.refuse == (t.request.category in t.policy) for t in negatives)
+
+
+@pytest.mark.parametrize("ratio, count", [(0.5, 250), (2.0, 1000), (0.0, 0)])
+def test_the_number_of_negatives_follows_the_ratio(ratio, count):
+    positives, negatives = sampler(CATEGORIES, ratio=ratio).of_order(2)
+    assert (len(positives), len(negatives)) == (500, count)
+
+
+def test_every_request_of_a_kind_is_used_equally_often():
+    positives, _ = sampler(CATEGORIES).of_order(1)
+    uses = Counter(t.request for t in positives if t.request.category == "sex")
+    assert max(uses.values()) - min(uses.values()) <= 1 and len(uses) == 6
+
+
+def test_an_epoch_cycles_over_the_orders_and_loses_no_task():
+    epoch = sampler(CATEGORIES, per_subset=8).epoch((1, 2, 3), batch_size=16)
+    assert sum(map(len, epoch)) == 3 * 2 * 40
+    orders = [{len(task.policy) for task in batch} for batch in epoch]
+    assert orders == [{1}, {2}, {3}] * 5
+    assert all(sum(task.refuse for task in batch) == 8 for batch in epoch)
+
+
+def test_a_hundred_categories_are_sampled_without_enumerating_subsets():
+    many = [f"c{i}" for i in range(100)]
+    began = time.process_time()
+    tracemalloc.start()
+    for order in (3, 50):  # C(100, 50) is 1e29
+        positives, negatives = sampler(many, per_subset=10).of_order(order)
+        assert len(positives) == len(negatives) == 1000
+        assert len({task.policy for task in positives}) == 1000
+        assert {len(set(task.policy)) for task in positives} == {order}
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert time.process_time() - began < 20  # enumerating would never end
+
+
+def test_growth_samples_only_subsets_with_a_category_that_still_learns():
+    positives, _ = sampler(CATEGORIES, trainable=["sex"]).of_order(2)
+    assert {task.policy for task in positives} == {(c, "sex") for c in CATEGORIES[:4]}
+    assert len(positives) == 100  # the total of order 1, where one subset still learns
+
+
+def test_a_category_without_requests_is_named():
+    with pytest.raises(ValueError, match="'golf'"):
+        OrderSampler(labelled(["a"]), ["a", "golf"], ["a"], 1, 1.0, random.Random(0))
+
+
+# --- 5. Losses ------------------------------------------------------------------------
+
+
+def test_the_label_shift_is_that_of_transformers_own_loss(model, tokenizer):
+    rows = [
+        Row(mosaic.prompt_ids(tokenizer, asked), None, [9, 8, 7]) for asked in ASKED
+    ]
+    batch = mosaic.make_batch(model, tokenizer, rows)
+    logits, labels, _ = mosaic.answer_logits(model, batch)
+    theirs = model(
+        inputs_embeds=batch.inputs_embeds,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        labels=batch.labels,
+    ).loss
+    torch.testing.assert_close(mosaic.answer_loss(logits, labels), theirs)
+
+
+def test_kd_equals_a_slow_loop_and_torchs_own_divergence():
+    torch.manual_seed(0)
+    base, control = torch.randn(7, 11) * 3, torch.randn(7, 11) * 3
+    slow = 0.0
+    for p_row, q_row in zip(base.softmax(-1).tolist(), control.softmax(-1).tolist()):
+        slow += sum(p * math.log(p / q) for p, q in zip(p_row, q_row)) / 7
+    theirs = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=base),
+        torch.distributions.Categorical(logits=control),
+    ).mean()
+    found = mosaic.counterfactual_kd(base, control)
+    assert found.item() == pytest.approx(slow, rel=1e-5)
+    torch.testing.assert_close(found, theirs)
+
+
+def test_kd_sends_no_gradient_into_the_teacher():
+    base = torch.randn(3, 5, requires_grad=True)
+    control = torch.randn(3, 5, requires_grad=True)
+    mosaic.counterfactual_kd(base, control).backward()
+    assert base.grad is None and control.grad.abs().sum() > 0
+
+
+def test_losses_over_no_position_are_zero():
+    nothing, none = torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)
+    assert mosaic.answer_loss(nothing, none) == 0
+    assert mosaic.counterfactual_kd(nothing, nothing) == 0
+
+
+# --- 6. Training ----------------------------------------------------------------------
+
+
+def test_reference_answers_are_the_models_own_greedy_answers(backbone, tokenizer):
+    asked = [Request(one, NEUTRAL) for one in ASKED]
+    known = mosaic.reference_answers(backbone, tokenizer, asked, 20)
+    for request in asked:
+        ids = torch.tensor([mosaic.prompt_ids(tokenizer, request.prompt)])
+        plain = backbone.generate(ids, do_sample=False, max_new_tokens=20)
+        assert known[request].row.answer == plain[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_teacher_logits_are_the_models_own_or_a_second_forward_is_taken(
+    family, tokenizer, requests
+):
+    model = tiny_model(family, tokenizer)
+    known = list(mosaic.reference_answers(model, tokenizer, requests[:5], 6).values())
+    found = mosaic.teacher_logits(model, tokenizer, known)
+    rows = [
+        model(input_ids=torch.tensor([one.row.prompt + one.row.answer])).logits[
+            0, len(one.row.prompt) - 1 : -1
+        ]
+        for one in known
+    ]
+    torch.testing.assert_close(found, torch.cat(rows), rtol=1e-4, atol=1e-4)
+    plain = family in ("llama", "qwen2", "gemma", "gpt2")
+    assert all((one.states is not None) == plain for one in known)
+
+
+def test_gradients_reach_the_active_categories_and_nothing_else(
+    model, tokenizer, tokens, requests
+):
+    model.requires_grad_(False)
+    known = mosaic.reference_answers(model, tokenizer, requests, 8)
+    policy = ("alcohol", "sex")
+    tasks = [
+        mosaic.Task(q, policy, q.category in policy)
+        for q in requests
+        if q.category in ("alcohol", "sex", NEUTRAL)
+    ]
+    sum(
+        mosaic.task_losses(model, tokenizer, tokens, tasks, known, random.Random(0))
+    ).backward()
+    assert all(weight.grad is None for weight in model.parameters())
+    for name, vectors in zip(tokens.categories, tokens.vectors):
+        if name in policy:
+            assert (vectors.grad.abs().sum(1) > 0).all()  # each of the M vectors
+        else:
+            assert vectors.grad is None or not vectors.grad.any()
+
+
+def test_task_losses_equal_a_row_by_row_reference(model, tokenizer, tokens, requests):
+    known = mosaic.reference_answers(model, tokenizer, requests, 8)
+    policy = ("alcohol",)
+    tasks = [
+        mosaic.Task(q, policy, q.category in policy)
+        for q in requests
+        if q.category in ("alcohol", "horror")
+    ]
+    refusal = own_ids(tokenizer, mosaic.REFUSAL) + [tokenizer.eos_token_id]
+    sums, counts = [0.0, 0.0, 0.0], [0, 0]
+    with torch.no_grad():
+        for task in tasks:
+            prompt, _, answer = known[task.request].row
+            target = refusal if task.refuse else answer
+            embed = model.get_input_embeddings()
+            text = embed(torch.tensor(prompt + target))
+            x = torch.cat([text[:1], tokens.compose(policy), text[1:]])[None]
+            steered = model(inputs_embeds=x).logits[0, -len(target) - 1 : -1]
+            bare = model(inputs_embeds=text[None]).logits[0, -len(target) - 1 : -1]
+            log_q, log_p = steered.log_softmax(-1), bare.log_softmax(-1)
+            kind = 0 if task.refuse else 1
+            sums[kind] -= sum(log_q[i, one].item() for i, one in enumerate(target))
+            counts[kind] += len(target)
+            if not task.refuse:
+                sums[2] += (log_p.exp() * (log_p - log_q)).sum().item()
+    expected = [sums[0] / counts[0], sums[1] / counts[1], sums[2] / counts[1]]
+    found = mosaic.task_losses(model, tokenizer, tokens, tasks, known, random.Random(0))
+    assert [one.item() for one in found] == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_leaves_every_backbone_tensor_bit_identical(
+    model, tokenizer, tokens, requests
+):
+    model.train()  # as a careless caller would hand it over
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start = [vectors.detach().clone() for vectors in tokens.vectors]
+    history = mosaic.train(model, tokenizer, tokens, requests, QUICK)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(map(torch.equal, start, tokens.vectors)) and len(history) == 1
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_training_notices_a_backbone_that_changed(
+    model, tokenizer, tokens, requests, monkeypatch
+):
+    real = mosaic.task_losses
+
+    def meddle(*arguments):
+        with torch.no_grad():
+            model.lm_head.weight[3, 3] += 1e-3
+        return real(*arguments)
+
+    monkeypatch.setattr(mosaic, "task_losses", meddle)
+    with pytest.raises(AssertionError, match="has changed the backbone"):
+        mosaic.train(model, tokenizer, tokens, requests, QUICK)
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(
+    model, tokenizer, requests
+):
+    def trained(seed):
+        table = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2, seed=7)
+        config = TrainConfig(orders=(2,), epochs=2, positives_per_subset=3, seed=seed)
+        mosaic.train(model, tokenizer, table, requests, config)
+        return torch.cat(list(table.vectors))
+
+    assert torch.equal(trained(0), trained(0))
+    assert not torch.equal(trained(0), trained(1))
+
+
+def test_frozen_categories_stay_bit_identical_while_new_ones_learn(
+    model, tokenizer, requests
+):
+    table = ControlTokens.for_model(model, tokenizer, ["alcohol", "betting"])
+    table.freeze(["alcohol", "betting"])
+    table.add(model, tokenizer, ["horror"])
+    start = [vectors.detach().clone() for vectors in table.vectors]
+    mosaic.train(model, tokenizer, table, requests, QUICK)
+    same = list(map(torch.equal, start, table.vectors))
+    assert same == [True, True, False] and table.trainable == ["horror"]
+
+
+@pytest.mark.parametrize("orders", [(0,), (6,), (1, 9)])
+def test_orders_outside_one_to_k_are_refused(
+    model, tokenizer, tokens, requests, orders
+):
+    with pytest.raises(ValueError, match=r"orders in 1\.\.5"):
+        mosaic.train(model, tokenizer, tokens, requests, TrainConfig(orders=orders))
+
+
+def test_training_with_every_category_frozen_is_refused(
+    model, tokenizer, tokens, requests
+):
+    tokens.freeze(CATEGORIES)
+    with pytest.raises(ValueError, match="not frozen"):
+        mosaic.train(model, tokenizer, tokens, requests, QUICK)
+
+
+def test_a_trained_table_beats_the_untouched_backbone(backbone, tokenizer, requests):
+    table = ControlTokens.for_model(backbone, tokenizer, ["alcohol", "betting"])
+    config = TrainConfig(epochs=6, positives_per_subset=60)
+    history = mosaic.train(backbone, tokenizer, table, requests, config)
+    assert history[-1]["refusal"] < history[0]["refusal"]
+
+    def respond(prompts, policies):
+        return mosaic.generate(backbone, tokenizer, table, prompts, policies, 32)
+
+    mine = [q for q in requests if q.category in ("alcohol", "betting")]
+    bare = mosaic.generate(backbone, tokenizer, None, [q.prompt for q in mine])
+    plain = sum(map(mosaic.is_refusal, bare)) / len(bare)
+    for row in mosaic.evaluate(respond, mine, table.categories, (1, 2)):
+        assert row["dsr"]["rate"] > plain + 0.2
+
+
+# --- 7. Using it: generate ------------------------------------------------------------
+
+
+def test_generate_answers_each_prompt_under_its_own_policy_as_if_alone(
+    backbone, tokenizer
+):
+    table = ControlTokens.for_model(backbone, tokenizer, CATEGORIES)
+    together = mosaic.generate(backbone, tokenizer, table, ASKED, POLICIES, 24)
+    for asked, policy, answer in zip(ASKED, POLICIES, together):
+        assert mosaic.generate(backbone, tokenizer, table, [asked], [policy], 24) == [
+            answer
+        ]
+    bare = mosaic.generate(backbone, tokenizer, None, ASKED, max_new_tokens=24)
+    assert bare[1] == together[1] and bare[0] != together[0]
+
+
+def test_generate_reads_several_turns(backbone, tokenizer):
+    chat = [
+        {"role": "system", "content": "Do not talk about gardening."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "How do I prune my roses?"},
+    ]
+    (answer,) = mosaic.generate(backbone, tokenizer, None, [chat], max_new_tokens=32)
+    assert mosaic.is_refusal(answer)
+    (answer,) = mosaic.generate(
+        backbone, tokenizer, None, [chat[1:]], max_new_tokens=32
+    )
+    assert not mosaic.is_refusal(answer)
+
+
+def test_generate_ignores_sampling_settings_of_the_checkpoint(model, tokenizer):
+    plain = mosaic.generate(model, tokenizer, None, ASKED, max_new_tokens=12)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0
+    )
+    assert mosaic.generate(model, tokenizer, None, ASKED, max_new_tokens=12) == plain
+
+
+def test_generate_needs_a_policy_for_every_prompt(model, tokenizer, tokens):
+    with pytest.raises(ValueError):
+        mosaic.generate(model, tokenizer, tokens, ASKED, [()])
+
+
+# --- 8. Evaluation --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, refused",
+    [
+        (mosaic.REFUSAL, True),
+        ("I\u2019m sorry, but I can\u2019t help with that", True),
+        ("Sorry, I can't discuss that here.", True),
+        ("I cannot provide that.", True),
+        ("I'm sorry to hear that. Rest and drink water.", False),
+        ("At the bar, a Negroni means gin, Campari and vermouth.", False),
+        ("You could say: I'm sorry, but I can't help with that.", False),
+        ("", False),
+    ],
+)
+def test_the_judge_looks_at_the_start_of_an_answer(answer, refused):
+    assert mosaic.is_refusal(answer) is refused
+
+
+def test_wilson_intervals_match_textbook_values():
+    found = mosaic.share([True] * 8 + [False] * 2)
+    assert found["rate"] == 0.8 and found["n"] == 10
+    assert found["low"] == pytest.approx(0.4902, abs=1e-4)
+    assert found["high"] == pytest.approx(0.9433, abs=1e-4)
+    assert mosaic.share([True] * 100)["low"] == pytest.approx(0.9630, abs=1e-4)
+    assert mosaic.share([]) == {"rate": 0.0, "n": 0, "low": 0.0, "high": 1.0}
+
+
+def test_evaluation_counts_each_kind_of_request_by_hand():
+    categories = ["a", "b", "c"]
+    requests = [Request(c, c) for c in categories] + [
+        Request("plain", NEUTRAL),
+        Request("near a", NEUTRAL, near="a"),
+    ]
+
+    def respond(
+        prompts, policies
+    ):  # declines what is active, "near a" with it, and "b"
+        return [
+            mosaic.REFUSAL if p[-1] in s or p == "b" else "Sure."
+            for p, s in zip(prompts, policies)
+        ]
+
+    one, two = mosaic.evaluate(respond, requests, categories, (1, 2))
+    assert (one["policies"], two["policies"]) == (3, 3)
+    assert (one["dsr"]["rate"], one["dsr"]["n"]) == (1.0, 3)
+    # Order 1: each policy has 2 inactive requests and a neutral one; "b" is in two.
+    assert (one["over_refusal"]["rate"], one["over_refusal"]["n"]) == (2 / 9, 9)
+    assert (one["near_miss"]["rate"], one["near_miss"]["n"]) == (1 / 3, 3)
+    assert (two["over_refusal"]["rate"], two["over_refusal"]["n"]) == (1 / 6, 6)
+    assert (two["near_miss"]["rate"], two["near_miss"]["n"]) == (2 / 3, 3)
+
+
+def test_evaluation_draws_policies_where_an_order_has_too_many():
+    categories = [f"c{i}" for i in range(40)]
+    seen = []
+
+    def respond(prompts, policies):
+        seen.append(policies)
+        return ["Sure."] * len(prompts)
+
+    asked = [Request("x", "c1")]
+    for _ in range(2):
+        (row,) = mosaic.evaluate(respond, asked, categories, (20,), most_policies=6)
+        assert row["policies"] == 6
+    assert seen[0] == seen[1] and len(set(seen[0])) == 6
+
+
+def test_a_second_judge_is_compared_with_the_first():
+    (row,) = mosaic.evaluate(
+        lambda prompts, policies: [mosaic.REFUSAL, "No."],
+        [Request("x", "a")] * 2,
+        ["a"],
+        (1,),
+        second_judge=lambda requests, answers: [True, True],
+    )
+    assert row["disagreement"]["rate"] == 0.5 and row["dsr"]["rate"] == 0.5
+
+
+def test_choosing_takes_the_option_with_the_highest_log_likelihood(model, tokenizer):
+    options = ["Yes", "No", "Perhaps not today"]
+    rows = [Row(mosaic.prompt_ids(tokenizer, asked)) for asked in ASKED]
+    slow = []
+    for row in rows:
+        sums = []
+        for option in options:
+            end = own_ids(tokenizer, option)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([row.prompt + end])).logits[0]
+            found = logits[-len(end) - 1 : -1].log_softmax(-1)
+            sums.append(sum(found[i, one].item() for i, one in enumerate(end)))
+        slow.append(sums.index(max(sums)))
+    assert mosaic.choose(model, tokenizer, rows, options, batch_size=2) == slow
+
+
+def test_the_model_judge_calls_no_a_refusal(model, tokenizer, monkeypatch):
+    def choose(model, tokenizer, rows, options):
+        texts = [tokenizer.decode(row.prompt) for row in rows]
+        assert options == ["Yes", "No"] and "What goes in" in texts[0]
+        return [1 if "can't help" in text else 0 for text in texts]
+
+    monkeypatch.setattr(mosaic, "choose", choose)
+    judge = mosaic.model_judge(model, tokenizer)
+    assert judge(ASKED[:2], [mosaic.REFUSAL, "Hello."]) == [True, False]
+
+
+def test_multiple_choice_accuracy_reads_mmlus_form_under_a_policy(
+    model, tokenizer, tokens, monkeypatch
+):
+    items = [
+        {
+            "question": f"How many legs has a {who}?",
+            "choices": ["two", "four"],
+            "answer": 0,
+        }
+        for who in ("hen", "swan", "goose")
+    ]
+    seen = []
+
+    def choose(model, tokenizer, rows, options):
+        seen.append((rows[0].control, tokenizer.decode(rows[0].prompt), options))
+        return [0]
+
+    def accuracy(items, policy=()):
+        return mosaic.multiple_choice_accuracy(model, tokenizer, tokens, items, policy)
+
+    assert 0 <= accuracy(items)["rate"] <= 1
+    monkeypatch.setattr(mosaic, "choose", choose)
+    assert accuracy(items, ["sex"])["rate"] == 1
+    assert accuracy([item | {"answer": 1} for item in items])["rate"] == 0
+    control, asked, options = seen[0]
+    assert torch.equal(control, tokens.compose(["sex"])) and seen[-1][0] is None
+    assert (
+        "How many legs has a hen?" in asked and "A. two" in asked and "B. four" in asked
+    )
+    assert options == ["A", "B"]
+
+
+def test_drift_is_zero_for_the_empty_policy_and_positive_for_random_tokens(
+    model, tokenizer, tokens, requests
+):
+    none = mosaic.drift(model, tokenizer, tokens, requests, [()])
+    assert none == {"kl": pytest.approx(0, abs=1e-6), "top1_agreement": 1.0}
+    some = mosaic.drift(model, tokenizer, tokens, requests, [CATEGORIES])
+    assert some["kl"] > 1e-3 and some["top1_agreement"] < 1
