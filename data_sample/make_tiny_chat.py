@@ -5,7 +5,8 @@
 
 It stands in for "an aligned open model" where none can be downloaded, and is an
 ordinary transformers folder: a Llama of 2.6 M parameters, pretrained from scratch on
-chats that a grammar draws from the hand-written lists in words/. What it learns:
+chats that a grammar draws from the hand-written lists in words/. What it is taught
+(README.md beside this file says what it has learned of it):
 
 - it answers requests of the five categories, of 60 other topics, and lookalikes;
 - it declines unsafe requests by default, so that declining is something it can do;
