@@ -59,13 +59,12 @@ class Flags:
 def main() -> None:
     flags = read_flags()
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
     # Load: a frozen backbone, and a table of control tokens for it.
     requests = read_requests(flags.data)
     model, tokenizer, name = load_backbone(flags.model, device)
     tokens = load_tokens(flags, model, tokenizer, requests)
-    numbers = sum(vectors.numel() for vectors in tokens.parameters())
-    parameters = sum(weight.numel() for weight in model.parameters())
+    numbers, parameters = (
+        sum(one.numel() for one in part.parameters()) for part in (tokens, model))
     print(f"{'loaded: ' if flags.tokens else 'trained:'} {numbers:,} numbers, "
           f"{len(tokens.vectors[0])} control tokens for each of "
           f"{', '.join(tokens.categories)}")
@@ -74,8 +73,7 @@ def main() -> None:
     # Show: what the untouched backbone says to the test requests.
     test = [request for request in requests if request.split == "test"]
     asked = [request.prompt for request in test]
-    answers = generate(
-        model, tokenizer, None, asked, None, ANSWER_TOKENS, title="untouched backbone")
+    answers = generate(model, tokenizer, None, asked, None, ANSWER_TOKENS, "untouched")
     plain = dict(zip(asked, answers))
 
     # Train: the tokens alone, against the backbone's own answers.
@@ -107,18 +105,17 @@ def main() -> None:
     clock.append(time.time())
     print_table(table, moved)
 
-    # Compose: one request of each category under four policies. Save.
+    # Compose: a request of each category under four policies. Save.
     show_answers(model, tokenizer, tokens, test)
     declined = mosaic.share(mosaic.openings_judge(asked, answers))
     write_results(flags, tokens, {
         "model": name, "seed": flags.seed, "config": asdict(flags),
         "backbone": {"parameters": parameters, "refusal_rate": declined["rate"],
                      "n": declined["n"]},
-        "orders": table["MOSAIC"], "instruction": table["written instruction"],
-        "drift": moved,
-        "seconds": dict(zip(("reference", "train", "evaluate"),
-                            (b - a for a, b in zip(clock, clock[1:])))),
-    })
+        "orders": table["MOSAIC"], "drift": moved,
+        "instruction": table["written instruction"],
+        "seconds": {part: clock[i + 1] - clock[i] for i, part in enumerate(
+            ("reference", "train", "evaluate"))}})
 
 
 # --- Its parts ------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_the_folder_is_an_ordinary_checkpoint_of_at_most_12_mb(backbone, tokeniz
     assert shown.startswith(tokenizer.bos_token) and shown.endswith(tokenizer.eos_token)
 
 
-# Floors and ceilings a little outside what the shipped weights were measured at, so that
+# Floors and ceilings a little outside what was measured on the shipped weights, so that
 # a change for the worse shows. The card says where they fall short of what is wanted.
 HELD_TO = [
     ("requests declined, train", 0, 0.03),
