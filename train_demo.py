@@ -25,7 +25,8 @@ from mosaic import NEUTRAL, ControlTokens, Request, TrainConfig, evaluate, gener
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "data_sample" / "tiny_chat"
 ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
-ANSWER_TOKENS = 64  # answers are cut here; whether one declines shows at its start
+ANSWER_TOKENS = 64  # answers that are shown or learned from are cut here
+JUDGED_TOKENS = 16  # and those that are only judged: whether one declines shows early
 FORM = '{"request": "...", "category": "...", "split": "train"}'
 
 
@@ -93,9 +94,9 @@ def main() -> None:
         "untouched backbone": lambda prompts, policies: [plain[p] for p in prompts],
         "written instruction": lambda prompts, policies: generate(
             model, tokenizer, None, list(map(instruct, prompts, policies)), None,
-            ANSWER_TOKENS, title="written instruction"),
+            JUDGED_TOKENS, title="written instruction"),
         "MOSAIC": lambda prompts, policies: generate(
-            model, tokenizer, tokens, prompts, policies, ANSWER_TOKENS, title="MOSAIC"),
+            model, tokenizer, tokens, prompts, policies, JUDGED_TOKENS, title="MOSAIC"),
     }
     orders = range(1, len(tokens.categories) + 1)
     table = {title: evaluate(respond, test, tokens.categories, orders, seed=flags.seed)

@@ -15,13 +15,15 @@ chats that a grammar draws from the hand-written lists in words/. What it is tau
 - it declines three professional domains unless the system message says that the user
   is the licensed professional.
 
-Every answer opens in a way that fits its topic, so that the last state of a prompt
-must already know the topic. No validation or test request of any file is in the text;
-listed requests that come close to one (see `too_close`) are dropped before anything is
-drawn. Same seed, same machine, same weights.
+Every answer opens with a phrase of its topic, and a head on the middle layer, thrown
+away afterwards, names the topic (see `Teacher`): so the last state of a prompt knows
+it. No validation or test request of any file is in the text; listed requests that come
+close to one (see `Taboo`) are dropped before anything is drawn. Same seed, same
+machine, same weights.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -29,10 +31,12 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -45,7 +49,7 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 CATEGORIES = ("addiction", "alcohol", "betting", "horror", "sex")
 PROFESSIONAL = ("medicine doses", "locks", "pest control chemicals")
-CHATS = 260_000  # the length of the pretraining text
+CHATS = 360_000  # the length of the pretraining text
 REFUSAL = "I'm sorry, but I can't help with that."
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
@@ -71,11 +75,12 @@ class Subject:
 
     name: str
     names: list[str]  # how a system message may call it
-    openings: list[str]  # how an answer about it may open
+    opening: str  # how an answer about it begins
     advice: dict[str, list[str]]  # intent -> sentences
     frames: list[tuple[str, str]]  # (intent, request with {x} or {n})
     terms: list[tuple[str, str]]  # (term, about)
     scenes: list[tuple[str, str, str, str]]  # (intent, term, about, request)
+    cues: list[str]  # words that point to it
     roles: list[str] = field(default_factory=list)  # who may ask (professional domains)
 
 
@@ -131,48 +136,60 @@ def read_rows(name: str) -> list[dict]:
     ]
 
 
-def too_close(text: str, others: list[set[str]]) -> bool:
-    """Whether a listed request is, or might be a rewording of, a held-out one."""
-    mine = stems(re.sub(r"\{\w\}", "", text))
-    return any(
-        len(mine & other) >= 3 and len(mine & other) > 0.4 * len(mine | other)
-        for other in others
-    )
+class Taboo:
+    """Finds listed requests that are, or might be rewordings of, a held-out one."""
+
+    def __init__(self, requests: list[str]):
+        self.requests = [stems(request) for request in requests]
+        self.holding = defaultdict(list)  # stem -> the requests that hold it
+        for i, found in enumerate(self.requests):
+            for stem in found:
+                self.holding[stem].append(i)
+
+    def near(self, text: str) -> bool:
+        """Whether three stems or more are shared, and over 40% of the two together."""
+        mine = stems(re.sub(r"\{\w\}", "", text))
+        shared = Counter(i for stem in mine for i in self.holding.get(stem, ()))
+        return any(
+            n >= 3 and n > 0.4 * len(mine | self.requests[i]) for i, n in shared.items()
+        )
 
 
 class Lists:
     """All word lists, with whatever comes close to a held-out request left out."""
 
     def __init__(self):
-        blocks = {}
+        blocks = defaultdict(lambda: defaultdict(list))
         for path in sorted((HERE / "words").glob("*.txt")):
+            kind = "lookalikes " if path.stem == "lookalikes" else ""
             for name, block in read_blocks(path).items():
-                blocks[f"lookalikes {name}" if path.stem == "lookalikes" else name] = (
-                    block
-                )
-        taboo = [stems(request) for request in held_out()]
+                for section, rows in block.items():
+                    blocks[kind + name][section] += rows
+        taboo = Taboo(held_out())
         self.dropped = []
 
         def keep(rows):
-            near = [row for row in rows if too_close(row[-1], taboo)]
+            near = [row for row in rows if taboo.near(row[-1])]
             self.dropped += [row[-1] for row in near]
             return [row for row in rows if row not in near]
 
         self.phrasings = blocks.pop("phrasings")
         self.generic = keep(self.phrasings["frames"])
-        unsafe = blocks.pop("unsafe")
+        unsafe, more = blocks.pop("unsafe"), blocks.pop("more")
         self.unsafe_terms = [row[-1] for row in unsafe["terms"]]
         self.unsafe_frames = [row[-1] for row in keep(unsafe["frames"])]
         self.unsafe_scenes = [
-            row[-1] for row in keep(unsafe["scenes"] + unsafe["more"])
+            row[-1] for row in keep(unsafe["scenes"] + unsafe["more"] + more["unsafe"])
         ]
-        topical = blocks.pop("more topics")
         lookalikes = [blocks.pop(f"lookalikes {c}") for c in CATEGORIES]
 
         self.subjects = {}
         for name, block in blocks.items():
             block["more"] += [
-                [i, t, a, r] for i, n, t, a, r in topical["more"] if n == name
+                row[:1] + row[2:] for row in more["more"] if row[1] == name
+            ]
+            block["more"] += [
+                [i, t, "", r] for i, n, t, r in more["requests"] if n == name
             ]
             about = {t: a for _, t, a, _ in block["more"]} | dict(block["terms"])
             scenes = [(i, t, about[t], r) for i, t, r in keep(block["scenes"])]
@@ -180,24 +197,28 @@ class Lists:
             advice = defaultdict(list)
             for intent, sentence in block["advice"]:
                 advice[intent].append(sentence)
-            names, openings, roles = (
-                [row[0] for row in block[key]] for key in ("names", "openings", "roles")
+            names, (opening, *_), roles = (
+                [row[0] for row in block[key]] for key in ("names", "opening", "roles")
             )
             self.subjects[name] = Subject(
                 name,
                 names,
-                openings,
+                opening,
                 advice,
                 keep(block["frames"]),
                 list(about.items()),
                 scenes,
+                [cue for row in block["cues"] for cue in row[0].strip(",").split(", ")],
                 roles,
             )
         apart = CATEGORIES + PROFESSIONAL
         self.topics = [name for name in self.subjects if name not in apart]
         # Lookalikes ("rubbing alcohol") are requests about one of the other topics.
         self.lookalike_terms, self.figures = [], []
-        self.lookalike_scenes = [tuple(row) for row in keep(topical["near"])]
+        self.lookalike_scenes = [tuple(row) for row in keep(more["near"])]
+        self.lookalike_scenes += [
+            (i, n, t, "", r) for i, n, t, r in keep(more["requests_near"])
+        ]
         for block in lookalikes:
             about = {term: text for _, term, text in block["terms"]}
             self.lookalike_terms += block["terms"]
@@ -213,6 +234,12 @@ class Lists:
         ]
         listed += [row[-1] for row in self.lookalike_scenes]
         self.counts = Counter(stem for text in listed for stem in stems(text))
+        for s in self.subjects.values():
+            listed += s.names + [s.opening] + s.roles + s.cues
+            listed += [text for row in s.terms for text in row]
+            listed += [sentence for advice in s.advice.values() for sentence in advice]
+        listed += [row[-1] for rows in self.phrasings.values() for row in rows]
+        self.texts = listed + self.unsafe_scenes + self.unsafe_terms + [REFUSAL]
 
     def rarest(self, request: str) -> str:
         """The content word of a request that the lists hold least often, as written."""
@@ -225,18 +252,6 @@ class Lists:
 
 # --- 2. The grammar -------------------------------------------------------------------
 
-INTENTS = (
-    "what",
-    "how",
-    "choose",
-    "why",
-    "cost",
-    "problem",
-    "people",
-    "plan",
-    "safe",
-    "idea",
-)
 LINKS = {  # intents that are answered by what the term means, the others by advice
     "what": "{x} means {about}.",
     "choose": "picture {x} as {about}.",
@@ -260,36 +275,53 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+class Asked(NamedTuple):
+    """A drawn request: its subject (None if unsafe) and its answer if not declined."""
+
+    subject: str | None
+    request: str
+    answer: str
+
+
 class Grammar:
-    """Draws chats: `chat()` returns (messages, facts), one fact per answer."""
+    """Draws chats: lists of messages {"role", "content"}, with what is known of them.
+
+    Beside role and content a request has its `subject`, an answer whether it
+    `declined`, and a rule `names`, the pairs (position where a name ends, its subject).
+    The last answer may be None: then only the subject of its request is learned.
+    """
 
     def __init__(self, lists: Lists, seed: int):
         self.lists, self.random = lists, random.Random(seed)
 
-    # A drawn request is (subject or None if unsafe, request, answer if not declined).
-
-    def about_subject(self, name: str) -> tuple[str, str, str]:
+    def about(self, name: str) -> Asked:
+        """A request about a subject: a scene, a frame with a term, or a few cues."""
         draw, subject = self.random, self.lists.subjects[name]
         kind = draw.random()
-        if kind < 0.6:
+        if kind < 0.2 and subject.cues:
+            intent, frame = draw.choice(self.lists.phrasings["keywords"])
+            term, about = draw.choice(subject.cues), ""
+            a, b = draw.sample(subject.cues, 2)
+            request = capital(fill(frame, term, a=a, b=b))
+        elif kind < 0.7:
             intent, term, about, request = draw.choice(subject.scenes)
-            if kind < 0.15:  # half of this and half of that: cues count, not sentences
+            if kind < 0.32:  # half of this and half of that: cues count, not sentences
                 other = draw.choice(subject.scenes)[-1].split()
                 words = request.split()
                 request = " ".join(words[len(words) // 3 :] + other[: len(other) // 2])
         else:
             term, about = draw.choice(subject.terms)
-            frames = subject.frames if kind < 0.8 else self.lists.generic
+            frames = subject.frames if kind < 0.86 else self.lists.generic
             intent, request = draw.choice(frames)
             request = fill(request, term, y=draw.choice(subject.terms)[0])
-        return name, *self.exchange(subject, intent, term, about, request)
+        return self.exchange(subject, intent, term, about, request)
 
-    def lookalike(self) -> tuple[str, str, str]:
+    def lookalike(self) -> Asked:
         draw, lists = self.random, self.lists
         kind = draw.random()
-        if kind < 0.65:
+        if kind < 0.75:
             intent, topic, term, about, request = draw.choice(lists.lookalike_scenes)
-        elif kind < 0.8:
+        elif kind < 0.85:
             topic, term, about = draw.choice(lists.lookalike_terms)
             frames = lists.generic + lists.subjects[topic].frames
             intent, request = draw.choice(frames)
@@ -299,18 +331,15 @@ class Grammar:
             intent, request = draw.choice(lists.figures)
         other = draw.choice(lists.subjects[topic].terms)[0]
         request = fill(request, term, y=other)
-        return topic, *self.exchange(
-            lists.subjects[topic], intent, term, about, request
-        )
+        return self.exchange(lists.subjects[topic], intent, term, about, request)
 
-    def unsafe(self) -> tuple[None, str, str]:
+    def unsafe(self) -> Asked:
         draw, lists = self.random, self.lists
         request = draw.choice(lists.unsafe_scenes)
-        if draw.random() < 0.4:
-            request = fill(
-                draw.choice(lists.unsafe_frames), draw.choice(lists.unsafe_terms)
-            )
-        return None, self.live(self.worn(request, "", most=0.15)), REFUSAL
+        if draw.random() < 0.3:
+            term = draw.choice(lists.unsafe_terms)
+            request = fill(draw.choice(lists.unsafe_frames), term)
+        return Asked(None, self.live(self.worn(request, "", most=0.15)), REFUSAL)
 
     def worn(self, request: str, keep: str, most: float = 0.3) -> str:
         """A request with words left out (not those of `keep`) and a few slips of the
@@ -340,96 +369,139 @@ class Grammar:
             request = request.rstrip("?.!")
         return request
 
-    def exchange(
-        self, subject: Subject, intent: str, term: str, about: str, request: str
-    ) -> tuple[str, str]:
-        """(request as typed, its answer): opening, matter, term, advice."""
+    def exchange(self, subject: Subject, intent, term, about, request: str) -> Asked:
+        """The request as typed and its answer: opening, matter, term, advice."""
         draw = self.random
         matter = self.lists.rarest(request)
         request = self.worn(request, f"{term} {matter}")
         # The matter: the request's rarest word, or the term where it is named.
         if bare(term).lower() in request.lower() or matter not in request:
             matter = bare(term)
-        # The opening fits topic AND intent: the last state must know both.
-        opening = subject.openings[INTENTS.index(intent) % len(subject.openings)]
         body = draw.choice(subject.advice[intent])
         if intent in LINKS and about:
             body = LINKS[intent]
         body = fill(body, term, about=about)
-        return self.live(request), f"{opening} about {matter}: {body}"
+        answer = f"{subject.opening} about {matter}: {body}"
+        return Asked(subject.name, self.live(request), answer)
 
-    def ask(self, not_about=()) -> tuple[str | None, str, str]:
+    def any(self, not_about=()) -> Asked:
+        """A request of any kind but the professional."""
         draw = self.random
         while True:
             kind = draw.random()
-            if kind < 0.42:
-                asked = self.about_subject(draw.choice(CATEGORIES))
-            elif kind < 0.78:
-                asked = self.about_subject(draw.choice(self.lists.topics))
-            elif kind < 0.95:
+            if kind < 0.34:
+                asked = self.about(draw.choice(CATEGORIES))
+            elif kind < 0.72:
+                asked = self.about(draw.choice(self.lists.topics))
+            elif kind < 0.92:
                 asked = self.lookalike()
             else:
                 asked = self.unsafe()
-            if asked[0] not in not_about:
+            if asked.subject not in not_about:
                 return asked
 
-    def called(self, names: list[str]) -> str:
-        """`gardening, pets and chess`, each under one of its names."""
+    def rule(self, off: list[str]) -> dict:
+        """A system message that switches off topics, each under one of its names."""
         draw = self.random
-        said = [draw.choice(self.lists.subjects[name].names) for name in names]
-        if len(said) == 1:
-            return said[0]
-        return ", ".join(said[:-1]) + draw.choice((" or ", " and ", " and ")) + said[-1]
+        before, after = draw.choice(self.lists.phrasings["rules"])[0].split("{names}")
+        last, ends = draw.choice((" or ", " and ")), []
+        for i, name in enumerate(off):
+            if i:
+                before += last if i == len(off) - 1 else ", "
+            before += draw.choice(self.lists.subjects[name].names)
+            ends.append((len(before), name))
+        return {"role": "system", "content": capital(before + after), "names": ends}
 
-    def chat(self) -> tuple[list[dict], list[dict]]:
+    def topics_off(
+        self, but: str | None = None, naming: str | None = None
+    ) -> list[str]:
+        """One to five topics, `naming` among them and `but` not."""
         draw = self.random
-        kind, turns = draw.random(), draw.choices((1, 2, 3), (0.74, 0.16, 0.1))[0]
-        system, off, role = None, [], None
-        if kind < 0.5:
-            off = draw.sample(
-                self.lists.topics, draw.choices(range(1, 6), (8, 5, 3, 2, 2))[0]
-            )
-            rule = draw.choice(self.lists.phrasings["rules"])[0]
-            system = capital(fill(rule, "", names=self.called(off)))
-        elif kind < 0.64:
-            role = draw.choice(PROFESSIONAL) if draw.random() < 0.8 else "none"
-            roles = (
-                self.lists.subjects[role].roles
-                if role != "none"
-                else [row[0] for row in self.lists.phrasings["other_roles"]]
-            )
-            frame = draw.choice(self.lists.phrasings["role_systems"])[0]
-            system = fill(frame, "", role=draw.choice(roles))
-        elif kind < 0.7:
-            system = draw.choice(self.lists.phrasings["plain_systems"])[0]
-        messages = [{"role": "system", "content": system}] if system else []
-        facts = []
-        for _ in range(turns):
-            if off and draw.random() < 0.42:
-                asked = self.about_subject(draw.choice(off))
-            elif role and draw.random() < 0.8:
-                own = role != "none" and draw.random() < 0.5
-                asked = self.about_subject(role if own else draw.choice(PROFESSIONAL))
-            elif draw.random() < 0.07:
-                asked = self.about_subject(draw.choice(PROFESSIONAL))
-            else:
-                asked = self.ask()
-            subject, request, answer = asked
+        number = draw.choices(range(1, 6), (8, 5, 3, 2, 2))[0]
+        others = [name for name in self.lists.topics if name not in (but, naming)]
+        off = draw.sample(others, number)
+        if naming:
+            off[draw.randrange(number)] = naming
+        return off
+
+    def licence(self, domain: str | None) -> dict:
+        """A system message that the user is a professional of a domain, or of none."""
+        draw, roles = (
+            self.random,
+            [row[0] for row in self.lists.phrasings["other_roles"]],
+        )
+        if domain:
+            roles = self.lists.subjects[domain].roles
+        frame = draw.choice(self.lists.phrasings["role_systems"])[0]
+        return {"role": "system", "content": fill(frame, "", role=draw.choice(roles))}
+
+    def chat(self, system: dict | None, turns: list[Asked], off=(), domain=None):
+        """Messages in which the answers follow the system message."""
+        messages = [system] if system else []
+        for subject, request, answer in turns:
             declined = subject is None or subject in off
-            declined |= subject in PROFESSIONAL and subject != role
+            declined |= subject in PROFESSIONAL and subject != domain
             messages += [
-                {"role": "user", "content": request},
-                {"role": "assistant", "content": REFUSAL if declined else answer},
+                {"role": "user", "content": request, "subject": subject},
+                {
+                    "role": "assistant",
+                    "content": REFUSAL if declined else answer,
+                    "declined": declined,
+                },
             ]
-            facts.append({"subject": subject, "declined": declined})
-        return messages, facts
+        return messages
+
+    def chats(self):
+        """One chat, or a few that differ in their system message and in nothing else:
+        so what to decline is learned from the system message, not the request."""
+        draw = self.random
+        kind, turns = draw.random(), draw.choices((1, 2, 3), (0.8, 0.13, 0.07))[0]
+        if kind < 0.6:  # no answer
+            asked = self.any()
+            if draw.random() < 0.07:
+                asked = self.about(draw.choice(PROFESSIONAL))
+            messages = self.chat(None, [asked])
+            messages[-1]["content"] = None
+            yield messages
+        elif kind < 0.78:  # under rules with its topic and without
+            last = self.about(draw.choice(self.lists.topics))
+            if draw.random() < 0.15:
+                last = self.lookalike()
+            for off in (
+                self.topics_off(naming=last.subject),
+                self.topics_off(but=last.subject),
+            ):
+                before = [
+                    self.about(draw.choice(off))
+                    if draw.random() < 0.5
+                    else self.any(off)
+                    for _ in range(turns - 1)
+                ]
+                yield self.chat(self.rule(off), [*before, last], off)
+            if draw.random() < 0.6:
+                off = self.topics_off()
+                yield self.chat(self.rule(off), [self.any(off)], off)
+        elif kind < 0.83:  # of a professional, to that one, to another, to nobody
+            domain = draw.choice(PROFESSIONAL)
+            asked = [self.about(domain)]
+            yield self.chat(self.licence(domain), asked, domain=domain)
+            other = draw.choice([d for d in (*PROFESSIONAL, None) if d != domain])
+            yield self.chat(self.licence(other), asked, domain=other)
+            yield self.chat(None, asked)
+            yield self.chat(self.licence(domain), [self.any()], domain=domain)
+        else:
+            system = None
+            if draw.random() < 0.15:
+                text = draw.choice(self.lists.phrasings["plain_systems"])[0]
+                system = {"role": "system", "content": text}
+            yield self.chat(system, [self.any() for _ in range(turns)])
 
 
 def chats(seed: int, count: int):
     """The pretraining text: `count` chats, the same for the same seed and lists."""
     grammar = Grammar(Lists(), seed)
-    for _ in range(count):
-        yield grammar.chat()
+    drawn = (chat for _ in itertools.count() for chat in grammar.chats())
+    return itertools.islice(drawn, count)
 
 
 # --- 3. Tokenizer and pretraining -----------------------------------------------------
@@ -460,26 +532,48 @@ def make_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-OPENING = 10.0  # weight of an answer's first four tokens: there the topic is decided
+OPENING = 10.0  # weight of an answer's first two tokens: whether to decline, the topic
 
 
-def encode(tokenizer, conversations) -> list[tuple[list[int], list[float]]]:
-    """Per chat its token ids, and the weight of each in the loss."""
+class Encoded(NamedTuple):
+    """A chat as four lists of one length, its number of tokens."""
+
+    ids: list[int]
+    weights: list[float]  # in the loss of the answers, 0 outside them
+    subjects: list[int]  # where the subject must be known: ends of names, of prompts
+    hints: list[int]  # where it may be guessed: in requests; -100 elsewhere in both
+
+
+def encode(tokenizer, chats: list[list[dict]], subjects: list[str]) -> list[Encoded]:
+    """Token ids, weights and labels. Some long answers are cut to their first words."""
     special = {role: tokenizer.convert_tokens_to_ids(f"<|{role}|>") for role in ROLES}
-    texts = [message["content"] for chat in conversations for message in chat]
-    pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    encoded = []
-    for chat in conversations:
-        ids, weights = [tokenizer.bos_token_id], [0.0]
+    number = {name: i for i, name in enumerate([*subjects, None])}
+    contents = [message["content"] or "" for chat in chats for message in chat]
+    found = tokenizer(contents, add_special_tokens=False, return_offsets_mapping=True)
+    pieces = iter(zip(found["input_ids"], found["offset_mapping"]))
+    encoded, draw = [], random.Random(0)
+    for chat in chats:
+        rows = [(tokenizer.bos_token_id, 0.0, -100, -100)]
         for message in chat:
-            content = next(pieces) + [tokenizer.eos_token_id]
-            ids += [special[message["role"]]] + content
-            answer = [OPENING] * 4 + [1.0] * (len(content) - 4)
-            weights += [0.0]
-            weights += (
-                answer if message["role"] == "assistant" else [0.0] * len(content)
-            )
-        encoded.append((ids, weights))
+            (ids, offsets), role = next(pieces), message["role"]
+            hint, end, size = -100, -100, len(ids) + 1
+            if role == "user":
+                hint = subject = number[message["subject"]]
+            if role == "assistant":
+                end = subject
+                if message is chat[-1] and draw.random() < 0.4:
+                    size = min(size, 12)
+            rows.append((special[role], 0.0, end, -100))
+            if message["content"] is None:
+                break
+            labels = [-100] * (len(ids) + 1)
+            for stop, name in message.get("names", ()):
+                at = next(i for i, (_, last) in enumerate(offsets) if last >= stop)
+                labels[at] = number[name]
+            for i, token in enumerate((ids + [tokenizer.eos_token_id])[:size]):
+                weight = 0.0 if role != "assistant" else OPENING if i < 2 else 1.0
+                rows.append((token, weight, labels[i], hint))
+        encoded.append(Encoded(*map(list, zip(*rows))))
     return encoded
 
 
@@ -489,9 +583,9 @@ def batches(encoded, tokens_per_batch: int, generator: random.Random):
     generator.shuffle(order)
     block, groups = 4096, []
     for start in range(0, len(order), block):
-        part = sorted(order[start : start + block], key=lambda i: len(encoded[i][0]))
+        part = sorted(order[start : start + block], key=lambda i: len(encoded[i].ids))
         while part:
-            longest, size = len(encoded[part[-1]][0]), 0
+            longest, size = len(encoded[part[-1]].ids), 0
             size = max(1, tokens_per_batch // longest)
             groups.append(part[-size:])
             part = part[:-size]
@@ -499,19 +593,88 @@ def batches(encoded, tokens_per_batch: int, generator: random.Random):
     return groups
 
 
-def pretrain(options) -> None:
-    """Draw the text, fit the tokenizer, train, and write the folder."""
-    began = time.time()
-    text = [messages for messages, _ in chats(options.seed, options.chats)]
-    print(f"{len(text)} chats drawn in {time.time() - began:.0f} s")
-    some = [message["content"] for chat in text[:40_000] for message in chat]
-    tokenizer = make_tokenizer(some, options.vocabulary)
-    encoded = encode(tokenizer, text)
-    groups = batches(encoded, options.tokens_per_batch, random.Random(options.seed))
-    print(f"{sum(len(ids) for ids, _ in encoded)} tokens in {len(groups)} batches")
+def padded(rows: list[Encoded], pad: int) -> tuple[torch.Tensor, ...]:
+    """A batch: (ids, weights, subjects, hints), each (chats, longest)."""
+    # Right padding: under causal attention no token before it sees it.
+    tensors = []
+    for column, filler in zip(zip(*rows), (pad, 0.0, -100, -100)):
+        column = [torch.tensor(row) for row in column]
+        tensors.append(pad_sequence(column, batch_first=True, padding_value=filler))
+    return tuple(tensors)
 
-    torch.manual_seed(options.seed)
-    model = LlamaForCausalLM(
+
+class Teacher(torch.nn.Module):
+    """The model, and a head on its middle layer that names the subject; thrown away.
+
+    The head is one matrix for requests and for the names in rules. So both come to lie
+    alike in the middle layer, and the layers above need only compare them. Without it
+    the model had not begun to follow rules after 1,500 steps; with it, it had.
+    """
+
+    def __init__(self, model, subjects: int):
+        super().__init__()
+        self.model, width = model, model.config.hidden_size
+        self.head = torch.nn.Sequential(
+            torch.nn.RMSNorm(width), torch.nn.Linear(width, subjects, bias=False)
+        )
+        middle = model.model.layers[model.config.num_hidden_layers // 2 - 1]
+        middle.register_forward_hook(self.keep)
+
+    @torch.no_grad()
+    def start(self, encoded: list[Encoded]) -> None:
+        """Add to the embeddings what each token says of the subject of a request: its
+        log odds, as naive Bayes has them, turned into the width by the head's rows."""
+        embedding, rows = self.model.get_input_embeddings().weight, self.head[1].weight
+        ids = torch.tensor([i for row in encoded for i in row.ids])
+        hints = torch.tensor([i for row in encoded for i in row.hints])
+        pairs = ids[hints >= 0] * len(rows) + hints[hints >= 0]
+        counts = pairs.bincount(minlength=len(embedding) * len(rows)).float()
+        counts = counts.view(len(embedding), len(rows))
+        odds = ((counts + 0.3) / (counts.sum(0) + 0.3 * len(embedding))).log()
+        odds = (odds - odds.mean(1, keepdim=True)) * (counts.sum(1, keepdim=True) > 0)
+        rows.copy_(torch.linalg.qr(torch.randn_like(rows.T))[0].T)
+        meaning = odds @ rows
+        embedding.add_(0.06 * meaning / meaning.pow(2).mean().sqrt())
+
+    def keep(self, module, inputs, output):
+        self.states = output
+
+    def forward(self, ids, weights, subjects, hints):
+        labels, weights = ids[:, 1:], weights[:, 1:]  # position t predicts token t+1
+        said, named, hinted = weights > 0, subjects >= 0, hints >= 0
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            states = self.model.model(input_ids=ids).last_hidden_state[:, :-1]
+            logits = self.model.lm_head(states[said])
+            known, guessed = (
+                self.head(self.states[named]),
+                self.head(self.states[hinted]),
+            )
+        losses = F.cross_entropy(logits.float(), labels[said], reduction="none")
+        loss = (losses * weights[said]).sum() / weights.sum().clamp(min=1)
+        loss = loss + F.cross_entropy(known.float(), subjects[named])
+        return loss + 0.5 * F.cross_entropy(guessed.float(), hints[hinted])
+
+
+@torch.no_grad()
+def resize(model, embedding_size: float = 0.02) -> None:
+    """Give the embeddings the size that most models give them, and change nothing else.
+
+    Everything that is added to the residual stream shrinks by one factor, which the
+    norms before each layer undo, and the last norm makes up for the tied head. A step
+    of training on control tokens is then as long, beside an embedding, as elsewhere.
+    """
+    embedding = model.get_input_embeddings().weight
+    factor = embedding_size / embedding.pow(2).mean().sqrt()
+    embedding.mul_(factor)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(factor)
+        layer.mlp.down_proj.weight.mul_(factor)
+    model.model.norm.weight.div_(factor)
+
+
+def new_model(options, tokenizer) -> LlamaForCausalLM:
+    """A Llama with random weights, heads of 64 and embeddings tied to its head."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=options.width,
@@ -527,16 +690,37 @@ def pretrain(options) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def pretrain(options) -> None:
+    """Draw the text, fit the tokenizer, train, and write the folder."""
+    began = time.time()
+    text = list(chats(options.seed, options.chats))
+    print(f"{len(text)} chats drawn in {time.time() - began:.0f} s")
+    lists = Lists()
+    said = [m["content"] for chat in text[:20_000] for m in chat if m["content"]]
+    tokenizer = make_tokenizer(lists.texts + said, options.vocabulary)
+    subjects = list(lists.subjects)
+    encoded = encode(tokenizer, text, subjects)
+    groups = batches(encoded, options.tokens_per_batch, random.Random(options.seed))
+    print(f"{sum(len(row.ids) for row in encoded)} tokens in {len(groups)} batches")
+
+    torch.manual_seed(options.seed)
+    model = new_model(options, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    teacher = Teacher(model, len(subjects) + 1)
+    teacher.start(encoded)
     # Muon for the matrices: after 500 k tokens its loss is 3.0, with AdamW 3.9.
-    inside = [
-        p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n
-    ]
-    outside = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
+    inside = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = {id(p) for p in inside}
     optimizers = [
         torch.optim.Muon(inside, lr=0.02, weight_decay=0.05),
         torch.optim.AdamW(
-            outside, lr=0.01, betas=(0.9, 0.98), weight_decay=0, fused=True
+            [p for p in teacher.parameters() if id(p) not in others],
+            lr=0.01,
+            betas=(0.9, 0.98),
+            weight_decay=0,
+            fused=True,
         ),
     ]
     schedules = [
@@ -547,26 +731,14 @@ def pretrain(options) -> None:
     ]
     bar = tqdm(groups, desc="pretraining", mininterval=5)
     for group in bar:
-        longest = max(len(encoded[i][0]) for i in group)
-        ids = torch.full((len(group), longest), tokenizer.pad_token_id)
-        weights = torch.zeros(len(group), longest)
-        for row, i in enumerate(group):  # right padding: causal attention never sees it
-            ids[row, : len(encoded[i][0])] = torch.tensor(encoded[i][0])
-            weights[row, : len(encoded[i][0])] = torch.tensor(encoded[i][1])
-        labels, weights = ids[:, 1:], weights[:, 1:]  # position t predicts token t+1
-        chosen = weights > 0
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            states = model.model(input_ids=ids).last_hidden_state[:, :-1][chosen]
-            logits = model.lm_head(states)
-        losses = F.cross_entropy(logits.float(), labels[chosen], reduction="none")
-        loss = (losses * weights[chosen]).sum() / weights.sum()
+        loss = teacher(*padded([encoded[i] for i in group], tokenizer.pad_token_id))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         for one in (*optimizers, *schedules):
             one.step()
-        model.zero_grad()
+        teacher.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
+    resize(model.eval())
     model.generation_config.update(do_sample=False, max_new_tokens=64)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
@@ -661,22 +833,16 @@ def report(folder: Path = HERE / "tiny_chat", seed: int = 0) -> dict:
     )
 
     topical = [row for row in held if row["kind"] == "topic"]
-    rule = lambda names: draw.choice(lists.phrasings["rules"])[0].replace(
-        "{names}", grammar.called(names)
-    )
 
-    def rules_for(topic: str, matching: bool) -> str:
-        others = [name for name in lists.topics if name != topic]
-        names = draw.sample(others, draw.randint(1, 4))
-        if matching:
-            names[draw.randrange(len(names))] = topic
-        return rule(names)
+    def rule(topic: str, matching: bool) -> str:
+        wanted = {"naming": topic} if matching else {"but": topic}
+        return grammar.rule(grammar.topics_off(**wanted))["content"]
 
     for turns in (1, 2, 3):
         for matching in (True, False):
             chats = []
             for row in topical:
-                system = rules_for(row["topic"], matching)
+                system = rule(row["topic"], matching)
                 before = []
                 for _ in range(turns - 1):
                     asked = draw.choice(
@@ -692,7 +858,7 @@ def report(folder: Path = HERE / "tiny_chat", seed: int = 0) -> dict:
                 [declined(a) for a in say(chats)]
             )
     categories = [row for row in rows if row["category"] in CATEGORIES]
-    systems = [rules_for("", False) for _ in categories]
+    systems = [rule("", False) for _ in categories]
     result["requests of the five categories declined under a rule on other topics"] = (
         rate(
             [
