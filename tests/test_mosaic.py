@@ -1,5 +1,7 @@
 """One test per promise of mosaic.py, in its order."""
 
+import copy
+import itertools
 import json
 import math
 import random
@@ -308,6 +310,8 @@ def test_the_remainder_of_a_budget_is_spread_over_the_subsets():
     positives, _ = sampler(CATEGORIES, per_subset=7).of_order(2)  # 35 over 10 subsets
     counts = Counter(task.policy for task in positives)
     assert sorted(counts.values()) == [3] * 5 + [4] * 5
+    more = {policy for policy, n in counts.items() if n == 4}
+    assert more != set(list(itertools.combinations(CATEGORIES, 2))[:5])  # drawn
 
 
 def test_positives_are_spread_evenly_over_the_active_categories():
@@ -368,6 +372,9 @@ def test_growth_samples_only_subsets_with_a_category_that_still_learns():
     positives, _ = sampler(CATEGORIES, trainable=["sex"]).of_order(2)
     assert {task.policy for task in positives} == {(c, "sex") for c in CATEGORIES[:4]}
     assert len(positives) == 100  # the total of order 1, where one subset still learns
+    many = [f"c{i}" for i in range(100)]  # here subsets are drawn, not enumerated
+    positives, _ = sampler(many, trainable=["c7"]).of_order(3)
+    assert len(positives) == 100 and all("c7" in task.policy for task in positives)
 
 
 def test_a_category_without_requests_is_named():
@@ -480,7 +487,8 @@ def test_task_losses_equal_a_row_by_row_reference(model, tokenizer, tokens, requ
         mosaic.Task(q, policy, q.category in policy)
         for q in requests
         if q.category in ("alcohol", "horror")
-    ]
+    ][::-1]  # negatives first: the losses may not hang on the order of the tasks
+    assert not tasks[0].refuse and tasks[-1].refuse
     refusal = own_ids(tokenizer, mosaic.REFUSAL) + [tokenizer.eos_token_id]
     sums, counts = [0.0, 0.0, 0.0], [0, 0]
     with torch.no_grad():
@@ -554,6 +562,60 @@ def test_frozen_categories_stay_bit_identical_while_new_ones_learn(
     mosaic.train(model, tokenizer, table, requests, QUICK)
     same = list(map(torch.equal, start, table.vectors))
     assert same == [True, True, False] and table.trainable == ["horror"]
+
+
+def test_training_is_adam_on_the_weighted_sum_with_a_cosine_to_zero(
+    model, tokenizer, tokens, requests
+):
+    config = TrainConfig(
+        orders=(1, 2), epochs=2, learning_rate=0.02, kd_weight=3.0,
+        positives_per_subset=2, batch_size=8, answer_tokens=8, seed=4,
+    )  # fmt: skip
+    twin = copy.deepcopy(tokens)
+    history = mosaic.train(model, tokenizer, tokens, requests, config)
+    assert len(history) == 2
+
+    draw = random.Random(4)
+    batches = OrderSampler(requests, CATEGORIES, CATEGORIES, 2, 1.0, draw)
+    known = mosaic.reference_answers(model, tokenizer, requests, 8)
+    adam = torch.optim.Adam(twin.parameters())
+    for epoch in range(2):
+        todo = batches.epoch((1, 2), 8)
+        for step, tasks in enumerate(todo):
+            done = (epoch + step / len(todo)) / 2
+            adam.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * done))
+            refusal, reference, kd = mosaic.task_losses(
+                model, tokenizer, twin, tasks, known, draw
+            )
+            adam.zero_grad()
+            (refusal + reference + 3 * kd).backward()
+            adam.step()
+    for mine, theirs in zip(tokens.vectors, twin.vectors):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_training_shuffles_the_tokens_of_a_composition(
+    model, tokenizer, tokens, requests
+):
+    known = mosaic.reference_answers(model, tokenizer, requests, 8)
+    task = mosaic.Task(requests[0], tuple(CATEGORIES), True)
+    found = {
+        mosaic.task_losses(model, tokenizer, tokens, [task], known, random.Random(i))[
+            0
+        ].item()
+        for i in range(6)
+    }
+    assert len(found) > 2
+
+
+def test_answers_end_where_the_tokenizer_or_the_checkpoint_says(model, tokenizer):
+    own = model.generation_config.eos_token_id
+    try:
+        for said, more in ((None, set()), (7, {7}), ([7, 9], {7, 9})):
+            model.generation_config.eos_token_id = said
+            assert mosaic.end_ids(model, tokenizer) == {tokenizer.eos_token_id} | more
+    finally:
+        model.generation_config.eos_token_id = own
 
 
 @pytest.mark.parametrize("orders", [(0,), (6,), (1, 9)])
