@@ -95,13 +95,13 @@ def test_word_lists_are_as_wide_as_the_data_card_says():
     assert len(topics) == 60
     for block in topics.values():
         assert len({row[0] for row in block["terms"]}) >= 30
-    more = recipe.read_blocks(folder / "more_topics.txt")["more"]["more"]
-    assert set(Counter(row[1] for row in more)) == set(topics) and len(more) == 1860
-    more = recipe.read_blocks(folder / "more_requests.txt")["more"]
-    count = Counter(row[1] for row in more["requests"])
+    more = recipe.read_blocks(folder / "more.txt")["more"]
+    count = Counter(row[1] for row in more["more"])
     assert min(count[name] for name in CATEGORIES) >= 600
-    assert min(count[name] for name in topics) >= 90
-    assert len(more["requests_near"]) >= 1500 and len(more["unsafe"]) >= 900
+    assert min(count[name] for name in topics) >= 120
+    assert len(more["near"]) >= 2000
+    unsafe = recipe.read_blocks(folder / "unsafe.txt")["unsafe"]
+    assert len(unsafe["scenes"] + unsafe["more"]) >= 1400
     cues = recipe.Lists().subjects
     assert min(len(cues[name].cues) for name in [*CATEGORIES, *topics]) >= 100
     assert (
