@@ -26,6 +26,8 @@ paper leaves open, or does otherwise, a comment says `Differs from the paper:`.
 Made to be copied: it needs torch, tqdm and transformers (with its safetensors) only.
 """
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -43,9 +45,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # --- 1. Requests and policies ---------------------------------------------------------
 
@@ -139,17 +143,22 @@ class ControlTokens(nn.Module):
         if m < 1 or unclear or isinstance(categories, str):
             rule = f"1 or more, and distinct names, none empty or {NEUTRAL!r}"
             raise ValueError(f"cannot make {m} tokens for each of {names}: take {rule}")
+        per_layer = getattr(model.config, "hidden_size_per_layer_input", None)
+        if model.config.is_encoder_decoder or per_layer:
+            what = "is an encoder-decoder" if not per_layer else "embeds in every layer"
+            kind = model.config.model_type
+            raise ValueError(f"{kind} {what}: take a causal LM that embeds once")
         self.to(model.device)  # a table read from disk is on the CPU
         # Through the module, not .weight: some families (Gemma) scale inside it.
         embed = model.get_input_embeddings()
         every = torch.arange(0, len(tokenizer), 1 + len(tokenizer) // 1000)
+        width = embed(every.to(model.device)).float().std()  # of about 1000 tokens, ()
         for name in categories:
             ids = tokenizer(name, add_special_tokens=False)["input_ids"]
             own = embed(torch.tensor(ids, device=model.device)).float()  # (ids, D)
-            some = embed(every.to(model.device)).float()  # (about 1000, D)
             draw = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             noise = torch.randn(m, own.shape[1], generator=draw).to(own)  # (M, D)
-            self.vectors.append((own.mean(0) + noise * some.std()).detach())
+            self.vectors.append((own.mean(0) + noise * width).detach())
             self.categories.append(name)
 
     def compose(self, policy: Policy, shuffle: random.Random | None = None) -> Tensor:
@@ -170,7 +179,7 @@ class ControlTokens(nn.Module):
         """The categories whose vectors are not frozen, in canonical order."""
         return [c for c, v in zip(self.categories, self.vectors) if v.requires_grad]
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str) -> None:
         """Write a safetensors file: beside, then renamed, so never half of one.
 
         Which categories are frozen is not stored: freeze them again after `load`.
@@ -181,9 +190,7 @@ class ControlTokens(nn.Module):
         os.replace(f"{path}.part", path)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike, model: Model | None = None
-    ) -> "ControlTokens":
+    def load(cls, path: str, model: Model | None = None) -> "ControlTokens":
         """Read a saved table. ValueError: damaged, or not made for `model` if given."""
         try:
             with safe_open(path, framework="pt") as file:
@@ -224,16 +231,32 @@ class Batch(NamedTuple):
     inputs_embeds: Tensor  # (B, L, D)
     attention_mask: Tensor  # (B, L), False at padding
     position_ids: Tensor  # (B, L), 0 at a row's first real position
-    labels: Tensor  # (B, L), the answer's own ids at its positions, else IGNORE
+    labels: Tensor  # (B, L), on the CPU: the answer's ids at its positions, else IGNORE
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """A prompt through the chat template, up to where the assistant's answer begins."""
+def in_batches(items: Sequence, size: int) -> list[Sequence]:
+    """The items in their order, `size` at a time; the last batch may be smaller."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+PLAIN_TEMPLATE = (  # for a base model, which brings none
+    "{{ bos_token }}{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, ask: bool = True) -> list[int]:
+    """A prompt through the chat template, up to where the assistant's answer begins.
+
+    Without `ask`: only the messages. A tokenizer without template gets PLAIN_TEMPLATE.
+    """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    own = tokenizer.chat_template
     # The template tokenises itself: text tokenised again would begin with two BOS.
     return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        prompt, chat_template=None if own else PLAIN_TEMPLATE, tokenize=True,
+        add_generation_prompt=ask, return_dict=True,
     )["input_ids"]
 
 
@@ -252,7 +275,7 @@ def make_batch(model: Model, tokenizer: Tokenizer, rows: Sequence[Row]) -> Batch
         ids.append([*prompt[:start], *holes, *prompt[start:], *answer])
     length = max(map(len, ids))
     labels = [[IGNORE] * (length - len(row.answer)) + [*row.answer] for row in rows]
-    labels = torch.tensor(labels, device=model.device)  # (B, L)
+    labels = torch.tensor(labels)  # (B, L)
     ids = [[_PAD] * (length - len(row)) + row for row in ids]
     ids = torch.tensor(ids, device=model.device)  # (B, L)
     x = model.get_input_embeddings()(ids.clamp(min=0))  # (B, L, D); places get id 0
@@ -276,11 +299,12 @@ def answer_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     # The label shift: position t predicts token t+1. So the first label and the last
     # position go unused, and logits at t meet the label at t+1.
     labels = batch.labels[:, 1:]  # (B, L-1)
-    answers = labels != IGNORE
+    # Looked up on the CPU: with a mask on the GPU each step would wait for it.
+    row, place = (labels != IGNORE).nonzero(as_tuple=True)  # (N,), (N,)
     states = []
 
     def narrow(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        states.append(inputs[0][:, :-1][answers])  # (B, L, D) -> (N, D)
+        states.append(inputs[0][row, place])  # (B, L, D) -> (N, D)
         return (states[0],)
 
     with model.get_output_embeddings().register_forward_pre_hook(narrow):
@@ -288,7 +312,7 @@ def answer_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
             inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
             position_ids=batch.position_ids, use_cache=False,
         ).logits  # (N, V)
-    return logits.float(), labels[answers], states[0]
+    return logits.float(), labels[row, place].to(logits.device), states[0]
 
 
 # --- 4. Order-based sampling (paper 2.1) ----------------------------------------------
@@ -422,8 +446,9 @@ class TrainConfig:
     kd_weight: float = 1.0  # lambda; over-refusal is best for 0.8 .. 1.2
     positives_per_subset: int = 100  # the whole of an order is at most this times K
     negatives_per_positive: float = 1.0
-    batch_size: int = 32  # tasks in a step; the paper does not say
+    batch_size: int = 16  # tasks in a step; the paper does not say
     answer_tokens: int = 64  # Differs from the paper (256): cut of reference answers
+    recompute: bool = False  # activations, layer by layer: less memory, more time
     seed: int = 0
 
 
@@ -450,11 +475,11 @@ def reference_answers(
     answers = generate_ids(model, tokenizer, rows, max_new_tokens, title="references")
     known = [Reference(row._replace(answer=a)) for row, a in zip(rows, answers)]
     by_length = sorted(known, key=lambda one: len(one.row.prompt) + len(one.row.answer))
-    for start in range(0, len(known), batch_size):
-        part = by_length[start : start + batch_size]
+    for part in in_batches(by_length, batch_size):
         batch = make_batch(model, tokenizer, [one.row for one in part])
         logits, _, states = answer_logits(model, batch)
         if not torch.equal(model.get_output_embeddings()(states).float(), logits):
+            tqdm.write("logits change after the head: the teacher runs at every step")
             break
         for one in part:  # (N, D) -> B x (answer's length, D)
             one.states, states = states.tensor_split([len(one.row.answer)])
@@ -493,20 +518,36 @@ def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
 
     Not simply by eos_token: Gemma's is not the <end_of_turn> that its answers end with.
     """
-    turns = [("user", "?"), ("assistant", refusal)]
-    turns = [{"role": role, "content": content} for role, content in turns]
-    whole = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    turn = {"role": "assistant", "content": refusal}
+    whole = prompt_ids(tokenizer, [{"role": "user", "content": "?"}, turn], ask=False)
     ends = end_ids(model, tokenizer)
     end = next((i for i in reversed(whole) if i in ends), tokenizer.eos_token_id)
     return [*tokenizer(refusal, add_special_tokens=False)["input_ids"], end]
 
 
+@contextlib.contextmanager
+def recomputing(model: Model, on: bool):
+    """A forward pass in here keeps no activations inside layers; backward remakes them.
+
+    transformers' own switch does nothing in eval mode, where the backbone has to stay.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers if on else ():
+        again = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = again
+    yield
+    for layer in layers if on else ():
+        del layer.forward
+
+
 def task_losses(
     model: Model, tokenizer: Tokenizer, tokens: ControlTokens, tasks: Sequence[Task],
-    known: dict[Request, Reference], draw: random.Random,
+    known: dict[Request, Reference], refusal: Sequence[int], draw: random.Random,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(refusal, reference, kd): the three losses of one batch of tasks, each ()."""
-    refusal = refusal_ids(model, tokenizer, tokens.about["refusal"])
+    """(refusal, reference, kd): the three losses of one batch of tasks, each ().
+
+    `refusal`: the ids of the refusal sentence, as `refusal_ids` gives them.
+    """
     tasks = sorted(tasks, key=lambda task: not task.refuse)  # positives first
     kept = [known[task.request] for task in tasks if not task.refuse]
     rows = []
@@ -516,11 +557,12 @@ def task_losses(
         rows.append(Row(row.prompt, control, refusal if task.refuse else answer))
     logits, labels, _ = answer_logits(model, make_batch(model, tokenizer, rows))
     n = (len(tasks) - len(kept)) * len(refusal)  # the first n positions are refusals
-    base = teacher_logits(model, tokenizer, kept) if kept else logits[n:]
+    declined, answered = logits.split([n, len(logits) - n])
+    base = teacher_logits(model, tokenizer, kept) if kept else answered
     return (
-        answer_loss(logits[:n], labels[:n]),  # positives: the refusal sentence
-        answer_loss(logits[n:], labels[n:]),  # negatives: L_LM
-        counterfactual_kd(base, logits[n:]),  # negatives: L_KD
+        answer_loss(declined, labels[:n]),  # positives: the refusal sentence
+        answer_loss(answered, labels[n:]),  # negatives: L_LM
+        counterfactual_kd(base, answered),  # negatives: L_KD
     )
 
 
@@ -551,13 +593,15 @@ def train(
     )
     if known is None:
         known = reference_answers(model, tokenizer, learn, config.answer_tokens)
+    goal = refusal_ids(model, tokenizer, tokens.about["refusal"])
     # The table is all that the optimiser ever sees.
     optimizer = torch.optim.Adam([v for v in tokens.parameters() if v.requires_grad])
     history = []
     for epoch in range(config.epochs):
         batches, sums = sampler.epoch(orders, config.batch_size), []
         for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
-            losses = task_losses(model, tokenizer, tokens, tasks, known, draw)
+            with recomputing(model, config.recompute):
+                losses = task_losses(model, tokenizer, tokens, tasks, known, goal, draw)
             refusal, reference, kd = losses
             loss = refusal + reference + config.kd_weight * kd
             # Differs from the paper, which names no schedule: a cosine to zero.
@@ -587,9 +631,8 @@ def generate_ids(
     ends = end_ids(model, tokenizer)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     answers: list[list[int]] = [[] for _ in rows]
-    starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, title, disable=title is None):
-        part = by_length[start : start + batch_size]
+    parts = in_batches(by_length, batch_size)
+    for part in tqdm(parts, title, disable=title is None):
         batch = make_batch(model, tokenizer, [rows[i] for i in part])
         # What checkpoints commonly set is named: their own settings (such as Qwen's
         # repetition_penalty of 1.05) would otherwise stay on. Positions come from the
@@ -679,11 +722,10 @@ def choose(
     """For each prompt the index of the option with the highest log-likelihood."""
     ends = tokenizer(list(options), add_special_tokens=False)["input_ids"]
     chosen = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
+    for part in in_batches(rows, batch_size):
         tried = [row._replace(answer=end) for row in part for end in ends]
         logits, labels, _ = answer_logits(model, make_batch(model, tokenizer, tried))
-        found = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]  # (N,)
+        found = -F.cross_entropy(logits, labels, reduction="none")  # (N,)
         sums = [one.sum() for one in found.split([len(row.answer) for row in tried])]
         chosen += torch.stack(sums).view(len(part), len(ends)).argmax(1).tolist()
     return chosen
@@ -749,8 +791,7 @@ def drift(
     known = list(reference_answers(model, tokenizer, neutral).values())
     turns = itertools.cycle(policies)
     kl, same, n = 0.0, 0, 0
-    for start in range(0, len(known), batch_size):
-        part = known[start : start + batch_size]
+    for part in in_batches(known, batch_size):
         rows = [one.row._replace(control=tokens.compose(next(turns))) for one in part]
         control = answer_logits(model, make_batch(model, tokenizer, rows))[0]  # (N, V)
         base = teacher_logits(model, tokenizer, part)  # (N, V)

@@ -17,6 +17,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import mosaic
@@ -26,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "data_sample" / "tiny_chat"
 ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
 ANSWER_TOKENS = 64  # answers that are shown or learned from are cut here
-JUDGED_TOKENS = 16  # and those that are only judged: whether one declines shows early
+JUDGED_TOKENS = 12  # and those that are only judged: whether one declines shows early
 FORM = '{"request": "...", "category": "...", "split": "train"}'
 
 
@@ -93,8 +94,8 @@ def main() -> None:
     ways = {
         "untouched backbone": lambda prompts, policies: [plain[p] for p in prompts],
         "written instruction": lambda prompts, policies: generate(
-            model, tokenizer, None, list(map(instruct, prompts, policies)), None,
-            JUDGED_TOKENS, title="written instruction"),
+            model, tokenizer, None, [instruct(p, policy, tokenizer) for p, policy in
+            zip(prompts, policies)], None, JUDGED_TOKENS, title="written instruction"),
         "MOSAIC": lambda prompts, policies: generate(
             model, tokenizer, tokens, prompts, policies, JUDGED_TOKENS, title="MOSAIC"),
     }
@@ -122,10 +123,18 @@ def main() -> None:
 # --- Its parts ------------------------------------------------------------------------
 
 
-def instruct(prompt: str, policy) -> list[dict[str, str]]:
-    """The paper's in-context baseline: the policy as a written rule, no tokens."""
+def instruct(prompt: str, policy, tokenizer) -> list[dict[str, str]]:
+    """The paper's in-context baseline: the policy as a written rule, no tokens.
+
+    Where the chat template knows no system message, the user's words begin with it.
+    """
     rule = f"Do not talk about {' or '.join(policy)}. Answer everything else."
-    return [{"role": "system", "content": rule}, {"role": "user", "content": prompt}]
+    turns = [{"role": "system", "content": rule}, {"role": "user", "content": prompt}]
+    try:
+        mosaic.prompt_ids(tokenizer, turns)
+    except TemplateError:
+        turns = [{"role": "user", "content": f"{rule}\n\n{prompt}"}]
+    return turns
 
 
 def print_table(table: dict[str, list[dict]], moved: dict[str, float]) -> None:
@@ -182,7 +191,7 @@ def load_backbone(name: str, device: str):
             name, dtype=torch.bfloat16 if device == "cuda" else torch.float32,
             output_loading_info=True)
         model = model.to(device)  # may not fit
-        mosaic.prompt_ids(tokenizer, instruct("Hi", ["x"]))  # a template, system turns
+        mosaic.prompt_ids(tokenizer, "Hi")  # is there a template that works?
     except Exception as error:  # anything at all can be wrong with a checkpoint
         raise ValueError(f"model {name} cannot be used: {one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys"):  # random, or unused, weights

@@ -4,7 +4,7 @@
     python data_sample/make_tiny_chat.py --report     # only judge the weights there
 
 It stands in for "an aligned open model" where none can be downloaded, and is an
-ordinary transformers folder: a Llama of 2.6 M parameters, pretrained from scratch on
+ordinary transformers folder: a Llama of 3.7 M parameters, pretrained from scratch on
 chats that a grammar draws from the hand-written lists in words/. What it is taught
 (README.md beside this file says what it has learned of it):
 
@@ -27,6 +27,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 CATEGORIES = ("addiction", "alcohol", "betting", "horror", "sex")
 PROFESSIONAL = ("medicine doses", "locks", "pest control chemicals")
-CHATS = 360_000  # the length of the pretraining text
+CHATS = 330_000  # the length of the pretraining text
 REFUSAL = "I'm sorry, but I can't help with that."
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
@@ -385,9 +386,9 @@ class Grammar:
             kind = draw.random()
             if kind < 0.34:
                 asked = self.about(draw.choice(CATEGORIES))
-            elif kind < 0.72:
+            elif kind < 0.70:
                 asked = self.about(draw.choice(self.lists.topics))
-            elif kind < 0.92:
+            elif kind < 0.90:
                 asked = self.lookalike()
             else:
                 asked = self.unsafe()
@@ -449,15 +450,15 @@ class Grammar:
         """One chat, or a few that differ in their system message and in nothing else:
         so what to decline is learned from the system message, not the request."""
         draw = self.random
-        kind, turns = draw.random(), draw.choices((1, 2, 3), (0.8, 0.13, 0.07))[0]
-        if kind < 0.6:  # no answer
+        kind, turns = draw.random(), draw.choices((1, 2, 3), (0.75, 0.15, 0.10))[0]
+        if kind < 0.45:  # no answer
             asked = self.any()
             if draw.random() < 0.07:
                 asked = self.about(draw.choice(PROFESSIONAL))
             messages = self.chat(None, [asked])
             messages[-1]["content"] = None
             yield messages
-        elif kind < 0.78:  # under rules with its topic and without
+        elif kind < 0.75:  # under rules with its topic and without
             last = self.about(draw.choice(self.lists.topics))
             if draw.random() < 0.15:
                 last = self.lookalike()
@@ -475,7 +476,7 @@ class Grammar:
             if draw.random() < 0.6:
                 off = self.topics_off()
                 yield self.chat(self.rule(off), [self.any(off)], off)
-        elif kind < 0.83:  # of a professional, to that one, to another, to nobody
+        elif kind < 0.81:  # of a professional, to that one, to another, to nobody
             domain = draw.choice(PROFESSIONAL)
             asked = [self.about(domain)]
             yield self.chat(self.licence(domain), asked, domain=domain)
@@ -614,21 +615,36 @@ class Teacher(torch.nn.Module):
         middle = model.model.layers[model.config.num_hidden_layers // 2 - 1]
         middle.register_forward_hook(self.keep)
 
-    @torch.no_grad()
-    def start(self, encoded: list[Encoded]) -> None:
-        """Add to the embeddings what each token says of the subject of a request: its
-        log odds, as naive Bayes has them, turned into the width by the head's rows."""
-        embedding, rows = self.model.get_input_embeddings().weight, self.head[1].weight
-        ids = torch.tensor([i for row in encoded for i in row.ids])
-        hints = torch.tensor([i for row in encoded for i in row.hints])
-        pairs = ids[hints >= 0] * len(rows) + hints[hints >= 0]
-        counts = pairs.bincount(minlength=len(embedding) * len(rows)).float()
-        counts = counts.view(len(embedding), len(rows))
-        odds = ((counts + 0.3) / (counts.sum(0) + 0.3 * len(embedding))).log()
-        odds = (odds - odds.mean(1, keepdim=True)) * (counts.sum(1, keepdim=True) > 0)
-        rows.copy_(torch.linalg.qr(torch.randn_like(rows.T))[0].T)
-        meaning = odds @ rows
-        embedding.add_(0.06 * meaning / meaning.pow(2).mean().sqrt())
+    def start(self, encoded: list[Encoded], batch_size: int = 256) -> None:
+        """Begin as a bag of words: fit the embeddings so that their mean over a request
+        names its subject, and let the attention of the first layer pass that mean on.
+
+        This takes seconds and finds more than the layers do in minutes from scratch.
+        """
+        bags = []
+        for row in encoded:
+            asked = defaultdict(list)
+            for token, hint in zip(row.ids, row.hints):
+                asked[hint].append(token)
+            bags += [(ids, hint) for hint, ids in asked.items() if hint >= 0]
+        random.Random(0).shuffle(bags)
+        embedding = self.model.get_input_embeddings().weight
+        optimizer = torch.optim.Adam([embedding, *self.head.parameters()], lr=0.003)
+        for at in tqdm(range(0, len(bags), batch_size), "bag of words", mininterval=5):
+            ids, subjects = zip(*bags[at : at + batch_size])
+            words = F.rms_norm(embedding, embedding.shape[1:])  # as the first layer has
+            starts = torch.tensor([0, *map(len, ids[:-1])]).cumsum(0)
+            ids = torch.tensor([token for bag in ids for token in bag])
+            known = self.head(F.embedding_bag(ids, words, starts, mode="mean"))
+            loss = F.cross_entropy(known, torch.tensor(subjects))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            embedding.mul_(0.06 / embedding.pow(2).mean().sqrt())
+            attention = self.model.model.layers[0].self_attn
+            torch.nn.init.eye_(attention.v_proj.weight)
+            torch.nn.init.eye_(attention.o_proj.weight)
 
     def keep(self, module, inputs, output):
         self.states = output
@@ -686,6 +702,22 @@ def new_model(options, tokenizer) -> LlamaForCausalLM:
     )
 
 
+def make_optimizers(teacher: Teacher) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest; what begins as a bag of words
+    (embeddings, head, lower half) is trained gently, or it would be lost."""
+    layers = teacher.model.model.layers
+    halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+    lower, upper = ([p for p in half.parameters() if p.ndim == 2] for half in halves)
+    words = [teacher.model.get_input_embeddings().weight, *teacher.head.parameters()]
+    norms = [p for p in teacher.model.parameters() if p.ndim == 1]
+    matrices = [{"params": lower, "lr": 0.004}, {"params": upper, "lr": 0.015}]
+    others = [{"params": words, "lr": 0.002}, {"params": norms, "lr": 0.003}]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.05, ns_steps=3),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0, fused=True),
+    ]
+
+
 def pretrain(options) -> None:
     """Draw the text, fit the tokenizer, train, and write the folder."""
     began = time.time()
@@ -704,28 +736,18 @@ def pretrain(options) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     teacher = Teacher(model, len(subjects) + 1)
     teacher.start(encoded)
-    # Muon for the matrices: in trials its loss fell far faster than AdamW's.
-    inside = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = {id(p) for p in inside}
-    optimizers = [
-        torch.optim.Muon(inside, lr=0.02, weight_decay=0.05),
-        torch.optim.AdamW(
-            [p for p in teacher.parameters() if id(p) not in others],
-            lr=0.01,
-            betas=(0.9, 0.98),
-            weight_decay=0,
-            fused=True,
-        ),
-    ]
+    optimizers = make_optimizers(teacher)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
             one, lambda step: min(1, (step + 1) / 50) * (1 - 0.98 * step / len(groups))
         )
         for one in optimizers
     ]
+    # Nearly half as fast again, where there is a C++ compiler.
+    fast = torch.compile(teacher, dynamic=True) if shutil.which("g++") else teacher
     bar = tqdm(groups, desc="pretraining", mininterval=5)
     for group in bar:
-        loss = teacher(*padded([encoded[i] for i in group], tokenizer.pad_token_id))
+        loss = fast(*padded([encoded[i] for i in group], tokenizer.pad_token_id))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         for one in (*optimizers, *schedules):
@@ -733,8 +755,11 @@ def pretrain(options) -> None:
         teacher.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     resize(model.eval())
+    model.bfloat16()  # on disk only: the config below asks for fp32
     model.generation_config.update(do_sample=False, max_new_tokens=64)
     model.save_pretrained(options.out)
+    model.config.dtype = "float32"
+    model.config.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     print(f"written to {options.out} after {(time.time() - began) / 60:.1f} minutes")
 
@@ -884,7 +909,7 @@ def under_rules(
                 system = rule(row["topic"], matching)
                 before = []
                 for i in (draw.choice(plain) for _ in range(turns - 1)):
-                    before += [rows[i]["request"], answers[i].removesuffix(EOS)]
+                    before += [rows[i]["request"], answers[i].split(EOS)[0]]
                 chats.append(ask(*before, row["request"], system=system))
             label = "matching" if matching else "other"
             result[f"{label} requests declined under a rule, turn {turns}"] = rate(
@@ -936,7 +961,7 @@ def main() -> None:
     )
     parser.add_argument("--chats", type=int, default=CHATS)
     parser.add_argument("--tokens-per-batch", type=int, default=2_500)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=10_240)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--inner", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)

@@ -30,17 +30,31 @@ SMALL = dict(
     head_dim=16,
     max_position_embeddings=256,
 )
+WINDOW = {"sliding_window": 8}  # shorter than any prompt
+OLD = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 FAMILIES = {
     "llama": SMALL,
+    "mistral": SMALL | WINDOW,
     "qwen2": SMALL,
+    "qwen3": SMALL,
     "gemma": SMALL,  # scales embeddings inside their module
-    "gemma2": SMALL | {"attn_implementation": "eager"},  # soft-caps its logits
+    "gemma2": SMALL | WINDOW | {"attn_implementation": "eager"},  # soft-caps its logits
+    "gemma3_text": SMALL | WINDOW,
+    "phi": SMALL,
+    "phi3": SMALL,
+    "smollm3": SMALL,
+    "granite": SMALL | {"embedding_multiplier": 3.0, "logits_scaling": 4.0},
     "cohere": SMALL,  # multiplies its logits by a scale
+    "olmo2": SMALL,
     "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=256),  # absolute positions
+    "gpt_neox": OLD | {"intermediate_size": 48, "max_position_embeddings": 256},
+    "opt": OLD | {"ffn_dim": 48, "word_embed_proj_dim": 32},  # dropout of 0.1
+    "falcon": OLD | {"hidden_dropout": 0.1},
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.1),  # ALiBi
 }
 
 
-def tiny_model(family: str, tokenizer, seed: int = 0):
+def tiny_model(family: str, tokenizer, seed: int = 0, **options):
     """A random-weight model of a family that fits the embedded tokenizer."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
@@ -49,7 +63,7 @@ def tiny_model(family: str, tokenizer, seed: int = 0):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **FAMILIES[family],
+        **FAMILIES[family] | options,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # livelier than 0.02, so that wrong inputs show in the logits

@@ -442,7 +442,7 @@ def test_reference_answers_are_the_models_own_greedy_answers(backbone, tokenizer
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_logits_are_the_models_own_or_a_second_forward_is_taken(
-    family, tokenizer, requests
+    family, tokenizer, requests, capsys
 ):
     model = tiny_model(family, tokenizer)
     known = list(mosaic.reference_answers(model, tokenizer, requests[:5], 6).values())
@@ -454,8 +454,14 @@ def test_teacher_logits_are_the_models_own_or_a_second_forward_is_taken(
         for one in known
     ]
     torch.testing.assert_close(found, torch.cat(rows), rtol=1e-4, atol=1e-4)
-    plain = family in ("llama", "qwen2", "gemma", "gpt2")
+    plain = family not in ("gemma2", "cohere", "granite")
     assert all((one.states is not None) == plain for one in known)
+    assert ("teacher runs at every step" in capsys.readouterr().out) == (not plain)
+
+
+def losses(model, tokenizer, tokens, tasks, known, draw):
+    target = mosaic.refusal_ids(model, tokenizer, mosaic.REFUSAL)
+    return mosaic.task_losses(model, tokenizer, tokens, tasks, known, target, draw)
 
 
 def test_gradients_reach_the_active_categories_and_nothing_else(
@@ -469,9 +475,7 @@ def test_gradients_reach_the_active_categories_and_nothing_else(
         for q in requests
         if q.category in ("alcohol", "sex", NEUTRAL)
     ]
-    sum(
-        mosaic.task_losses(model, tokenizer, tokens, tasks, known, random.Random(0))
-    ).backward()
+    sum(losses(model, tokenizer, tokens, tasks, known, random.Random(0))).backward()
     assert all(weight.grad is None for weight in model.parameters())
     for name, vectors in zip(tokens.categories, tokens.vectors):
         if name in policy:
@@ -507,7 +511,7 @@ def test_task_losses_equal_a_row_by_row_reference(model, tokenizer, tokens, requ
             if not task.refuse:
                 sums[2] += (log_p.exp() * (log_p - log_q)).sum().item()
     expected = [sums[0] / counts[0], sums[1] / counts[1], sums[2] / counts[1]]
-    found = mosaic.task_losses(model, tokenizer, tokens, tasks, known, random.Random(0))
+    found = losses(model, tokenizer, tokens, tasks, known, random.Random(0))
     assert [one.item() for one in found] == pytest.approx(expected, rel=1e-4)
 
 
@@ -584,9 +588,7 @@ def test_training_is_adam_on_the_weighted_sum_with_a_cosine_to_zero(
         for step, tasks in enumerate(todo):
             done = (epoch + step / len(todo)) / 2
             adam.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * done))
-            refusal, reference, kd = mosaic.task_losses(
-                model, tokenizer, twin, tasks, known, draw
-            )
+            refusal, reference, kd = losses(model, tokenizer, twin, tasks, known, draw)
             adam.zero_grad()
             (refusal + reference + 3 * kd).backward()
             adam.step()
@@ -600,9 +602,7 @@ def test_training_shuffles_the_tokens_of_a_composition(
     known = mosaic.reference_answers(model, tokenizer, requests, 8)
     task = mosaic.Task(requests[0], tuple(CATEGORIES), True)
     found = {
-        mosaic.task_losses(model, tokenizer, tokens, [task], known, random.Random(i))[
-            0
-        ].item()
+        losses(model, tokenizer, tokens, [task], known, random.Random(i))[0].item()
         for i in range(6)
     }
     assert len(found) > 2
@@ -648,7 +648,7 @@ def test_a_trained_table_beats_the_untouched_backbone(backbone, tokenizer, reque
     plain = sum(map(mosaic.is_refusal, bare)) / len(bare)
     for row in mosaic.evaluate(respond, requests, table.categories, (1, 2)):
         assert row["dsr"]["rate"] > 0.7 > plain + 0.5, row
-        assert row["over_refusal"]["rate"] < 0.3, row
+        assert row["over_refusal"]["rate"] < 0.2, row
 
 
 # --- 7. Using it: generate ------------------------------------------------------------
