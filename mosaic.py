@@ -531,13 +531,19 @@ def recomputing(model: Model, on: bool):
 
     transformers' own switch does nothing in eval mode, where the backbone has to stay.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers if on else ():
-        again = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        layer.forward = again
-    yield
-    for layer in layers if on else ():
-        del layer.forward
+    layers = [
+        module for module in model.modules()
+        if on and isinstance(module, GradientCheckpointingLayer)
+    ]
+    for layer in layers:
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False
+        )
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def task_losses(
