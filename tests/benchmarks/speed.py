@@ -12,6 +12,7 @@ process of its own. Everything goes to --json as well.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -259,13 +260,10 @@ def epoch_by_categories(job, budget):
     seconds = {}
     for k in (5, 20, 100):
         names = [f"c{i}" for i in range(k)]
-        requests = list(job.known)
-        spread = [
-            mosaic.Request(q.prompt, names[i % k]) for i, q in enumerate(requests * 2)
-        ]
-        known = dict(zip(spread, [*job.known.values()] * 2))
-        neutral = [mosaic.Request(q.prompt, mosaic.NEUTRAL) for q in requests[:20]]
-        known |= {n: job.known[q] for n, q in zip(neutral, requests)}
+        known = {}  # every request under some category, every category with some
+        for i, (q, one) in zip(range(400), itertools.cycle(job.known.items())):
+            known[mosaic.Request(q.prompt, names[i % k])] = one
+            known[mosaic.Request(q.prompt, mosaic.NEUTRAL)] = one
         tokens = ControlTokens.for_model(job.model, job.tokenizer, names)
         config = mosaic.TrainConfig(
             epochs=1, positives_per_subset=budget // k, orders=(1, 2, 3, 4)
