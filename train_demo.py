@@ -2,23 +2,31 @@
 
     python train_demo.py                     # the embedded backbone; a CPU will do
     python train_demo.py --model FOLDER      # any chat model that transformers loads
+    python train_demo.py --data FILE.csv     # your own categories
     python train_demo.py --tokens runs/demo/tokens.safetensors --output runs/again
+    python train_demo.py --chat runs/demo/tokens.safetensors
 """
 
+import html
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
+import pandas
 import torch
 import transformers
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer
+)
 
 import mosaic
 from mosaic import NEUTRAL, ControlTokens, Request, TrainConfig, evaluate, generate
@@ -29,6 +37,8 @@ ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
 ANSWER_TOKENS = 64  # answers that are shown or learned from are cut here
 JUDGED_TOKENS = 12  # and those that are only judged: whether one declines shows early
 FORM = '{"request": "...", "category": "...", "split": "train"}'
+SPLITS = ("train", "validation", "test")
+HUB_NAME = r"\w[\w.-]*/[\w.-]+"
 
 
 def flag(default, text: str):
@@ -42,7 +52,11 @@ class Flags:
     model: str = flag("", "chat model, folder or hub name; empty: the embedded one, or "
                           f"{ON_CUDA} on CUDA")
     data: str = flag(str(HERE / "data_sample" / "requests.jsonl"),
-                     "JSON lines with request, category, split and, optionally, near")
+                     "requests: .jsonl, .csv or .parquet file, or dataset of the hub, "
+                     "with columns for request and category and, optionally, split "
+                     "(drawn by the seed where there is none) and near")
+    request_column: str = flag("request", "its name in --data")
+    category_column: str = flag("category", "its name in --data")
     tokens_per_category: int = flag(5, "M, control tokens of each category")
     orders: list[int] = field(default_factory=lambda: [1, 2, 3, 4], metadata={
         "help": "policy sizes to train on; evaluation takes all"})
@@ -52,7 +66,27 @@ class Flags:
     seed: int = flag(0, "of start values and sampling")
     output: str = flag("runs/demo", "folder for tokens.safetensors and results.json")
     tokens: str = flag("", "a saved table: no training, only evaluation on --data")
+    add: list[str] = field(default_factory=list, metadata={
+        "help": "with --tokens: categories to train beside its own, which stay frozen"})
+    export: str = flag("", "folder to be made: the backbone with the tokens in it, an "
+                           "ordinary checkpoint whose chat template takes a policy")
+    chat: str = flag("", "a saved table to talk under: nothing else is done")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>MOSAIC</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root {{ color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif }}
+body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+th, td {{ padding: .4rem .7rem; text-align: left; vertical-align: top;
+          border-bottom: 1px solid #8886; min-width: 5rem }}
+</style></head><body><h1>MOSAIC on {model}</h1>
+<h2>Requests declined, test split, percent</h2>{figures}
+<h2>One request of each category under four policies</h2>{answers}
+<h2>Settings</h2>{settings}</body></html>
+"""
 
 
 # --- The story ------------------------------------------------------------------------
@@ -61,40 +95,41 @@ class Flags:
 def main() -> None:
     flags = read_flags()
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.chat:
+        return chat(flags.chat, *load_backbone(flags.model, device)[:2])
     # Load: a frozen backbone, and a table of control tokens for it.
-    requests = read_requests(flags.data)
+    requests = read_requests(
+        flags.data, flags.request_column, flags.category_column, flags.seed)
     model, tokenizer, name = load_backbone(flags.model, device)
     tokens = load_tokens(flags, model, tokenizer, requests)
-    numbers, parameters = (
-        sum(one.numel() for one in part.parameters()) for part in (tokens, model))
-    print(f"{'loaded: ' if flags.tokens else 'trained:'} {numbers:,} numbers, "
-          f"{len(tokens.vectors[0])} control tokens for each of "
-          f"{', '.join(tokens.categories)}")
-    print(f"frozen:  {parameters:,} weights of {name} on {device}\n")
+    parameters = sum(weight.numel() for weight in model.parameters())
+    say_what_learns(requests, tokens, f"{parameters:,} weights of {name} on {device}")
 
     # Show: what the untouched backbone says to the test requests.
     test = [request for request in requests if request.split == "test"]
     asked = [request.prompt for request in test]
-    answers = generate(model, tokenizer, None, asked, None, ANSWER_TOKENS, "untouched")
+    answers = generate(
+        model, tokenizer, None, asked, None, ANSWER_TOKENS, title="untouched")
     plain = dict(zip(asked, answers))
 
     # Train: the tokens alone, against the backbone's own answers.
     clock = [time.time()] * 3  # start, reference answers made, tokens trained
-    if not flags.tokens:
+    if learns := not flags.tokens or bool(flags.add):
         config = TrainConfig(
             orders=tuple(flags.orders), epochs=flags.epochs, kd_weight=flags.kd_weight,
             learning_rate=flags.learning_rate, seed=flags.seed)
         learn = [request for request in requests if request.split == "train"]
         known = mosaic.reference_answers(model, tokenizer, learn, config.answer_tokens)
         clock[1] = time.time()
-        mosaic.train(model, tokenizer, tokens, learn, config, known)
+        mosaic.train(model, tokenizer, tokens, learn, config, known, unfinished(flags))
         clock[2] = time.time()
 
     # Evaluate: the policies of every order, the same test requests for each method.
+    system = takes_system(tokenizer)
     ways = {
         "untouched backbone": lambda prompts, policies: [plain[p] for p in prompts],
         "written instruction": lambda prompts, policies: generate(
-            model, tokenizer, None, [instruct(p, policy, tokenizer) for p, policy in
+            model, tokenizer, None, [instruct(p, policy, system) for p, policy in
             zip(prompts, policies)], None, JUDGED_TOKENS, title="written instruction"),
         "MOSAIC": lambda prompts, policies: generate(
             model, tokenizer, tokens, prompts, policies, JUDGED_TOKENS, title="MOSAIC"),
@@ -107,34 +142,59 @@ def main() -> None:
     clock.append(time.time())
     print_table(table, moved)
 
-    # Compose: a request of each category under four policies. Save.
-    show_answers(model, tokenizer, tokens, test)
+    # Compose: a request of each category under four policies. Save, export.
+    shown = show_answers(model, tokenizer, tokens, test)
     declined = mosaic.share(mosaic.openings_judge(asked, answers))
-    write_results(flags, tokens, {
+    results = {
         "model": name, "seed": flags.seed, "config": asdict(flags),
         "backbone": {"parameters": parameters, "refusal_rate": declined["rate"],
                      "n": declined["n"]},
         "orders": table["MOSAIC"], "drift": moved,
         "instruction": table["written instruction"],
         "seconds": {part: clock[i + 1] - clock[i] for i, part in enumerate(
-            ("reference", "train", "evaluate"))}})
+            ("reference", "train", "evaluate"))}}
+    write_results(flags.output, tokens if learns else None, results, shown)
+    if flags.export:
+        mosaic.export_checkpoint(model, tokenizer, tokens, flags.export)
+        print(f"exported to {flags.export}")
 
 
 # --- Its parts ------------------------------------------------------------------------
 
 
-def instruct(prompt: str, policy, tokenizer) -> list[dict[str, str]]:
+def say_what_learns(requests, tokens: ControlTokens, frozen: str) -> None:
+    """What was read, what will be trained, and what stays as it is."""
+    counts = Counter((q.category, q.split) for q in requests)
+    names = dict.fromkeys(q.category for q in requests)
+    said = (f"{name} " + "/".join(str(counts[name, split]) for split in SPLITS)
+            for name in names)
+    print(f"read:    {len(requests):,} requests, {'/'.join(SPLITS)}: {', '.join(said)}")
+    learn, every = tokens.trainable, tokens.categories
+    numbers = sum(v.numel() for v in tokens.parameters() if v.requires_grad)
+    print(f"trained: {numbers:,} numbers, {len(tokens.vectors[0])} control tokens for "
+          f"each of {', '.join(learn)}" if learn else "trained: nothing")
+    kept = ", ".join(name for name in every if name not in learn)
+    print(f"frozen:  {f'the tokens of {kept}; ' * bool(kept)}{frozen}\n")
+
+
+def takes_system(tokenizer) -> bool:
+    """Whether the chat template knows system messages (Gemma's does not)."""
+    try:
+        mosaic.prompt_ids(tokenizer, instruct("Hi", ["x"], True))
+    except TemplateError:
+        return False
+    return True
+
+
+def instruct(prompt: str, policy, system: bool) -> list[dict[str, str]]:
     """The paper's in-context baseline: the policy as a written rule, no tokens.
 
-    Where the chat template knows no system message, the user's words begin with it.
+    In a system message or, without one, before the user's words.
     """
     rule = f"Do not talk about {' or '.join(policy)}. Answer everything else."
-    turns = [{"role": "system", "content": rule}, {"role": "user", "content": prompt}]
-    try:
-        mosaic.prompt_ids(tokenizer, turns)
-    except TemplateError:
-        turns = [{"role": "user", "content": f"{rule}\n\n{prompt}"}]
-    return turns
+    if not system:
+        return [{"role": "user", "content": f"{rule}\n\n{prompt}"}]
+    return [{"role": "system", "content": rule}, {"role": "user", "content": prompt}]
 
 
 def print_table(table: dict[str, list[dict]], moved: dict[str, float]) -> None:
@@ -158,9 +218,11 @@ def percent(shares: list[dict[str, float]]) -> str:
     return f"{100 * hits / n:.1f}" if n else "-"
 
 
-def show_answers(model, tokenizer, tokens: ControlTokens, test: list[Request]) -> None:
+def show_answers(
+    model, tokenizer, tokens: ControlTokens, test: list[Request]
+) -> dict[str, dict[str, str]]:
     """One request of each category under no policy, its own, another and all."""
-    every = tokens.categories
+    every, shown = tokens.categories, {}
     for i, category in enumerate(every):
         prompt = next((q.prompt for q in test if q.category == category), None)
         if prompt is None:
@@ -169,9 +231,56 @@ def show_answers(model, tokenizer, tokens: ControlTokens, test: list[Request]) -
                     "all": every}
         answers = generate(model, tokenizer, tokens, [prompt] * len(policies),
                            list(policies.values()), ANSWER_TOKENS)
-        print(f"\n{category}: {prompt}")
-        for title, answer in zip(policies, answers):
-            print(f"{title:>12} | {answer}")
+        shown[f"{category}: {prompt}"] = dict(zip(policies, answers))
+    for title, answers in shown.items():
+        print(f"\n{title}")
+        for policy, answer in answers.items():
+            print(f"{policy:>12} | {answer}")
+    return shown
+
+
+def unfinished(flags: Flags) -> Path:
+    """The file that a stopped run leaves in its folder, and the next one takes up."""
+    path = Path(flags.output) / "training.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        print(f"taking up the run of {path}")
+    return path
+
+
+def chat(path: str, model, tokenizer) -> None:
+    """A talk in the terminal, under a policy that each turn may change."""
+    tokens, policy, turns = ControlTokens.load(path, model), [], []
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    known = ", ".join(tokens.categories)
+    help_line = f"/on X, /off X (X of {known}), /policy, /reset, /quit"
+    print(help_line)
+    while True:
+        try:
+            said = input(f"[{', '.join(policy) or 'no policy'}] > ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, name = said.partition(" ")
+        if command in ("/on", "/off") and name in tokens.categories:
+            active = {*policy, name} if command == "/on" else {*policy} - {name}
+            policy = list(mosaic.canonical(active, tokens.categories))
+        elif said == "/policy":
+            print(f"declined: {', '.join(policy) or 'nothing'}; known: {known}")
+        elif said == "/reset":
+            turns = []
+        elif said == "/quit":
+            return
+        elif said.startswith("/"):
+            print(f"{said}? {help_line}")
+        elif said:
+            turns.append({"role": "user", "content": said})
+            try:
+                (answer,) = generate(
+                    model, tokenizer, tokens, [turns], [policy], streamer=streamer)
+            except KeyboardInterrupt:  # enough of this answer
+                answer = "..."
+                print()
+            turns.append({"role": "assistant", "content": answer})
 
 
 def load_backbone(name: str, device: str):
@@ -182,7 +291,7 @@ def load_backbone(name: str, device: str):
         except ValueError as error:
             print(f"{error}; taking the embedded backbone instead")
     name = name or os.path.relpath(EMBEDDED)
-    if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if not os.path.isdir(name) and not re.fullmatch(HUB_NAME, name):
         raise ValueError(f"no model folder {name}; give one with a transformers "
                          f"checkpoint, or a hub name such as {ON_CUDA}")
     try:
@@ -204,12 +313,14 @@ def load_backbone(name: str, device: str):
 def load_tokens(
     flags: Flags, model, tokenizer, requests: list[Request]
 ) -> ControlTokens:
-    """A saved or a fresh table. ValueError: requests and categories do not match."""
-    learn = [q.category for q in requests if q.split == "train"]
-    found = [category for category in dict.fromkeys(learn) if category != NEUTRAL]
+    """A saved table, grown by --add, or a fresh one. ValueError: it does not fit."""
+    train = [q for q in requests if q.split == "train" and not q.near]
+    learn = dict.fromkeys(q.category for q in train)
     if flags.tokens:
         tokens = ControlTokens.load(flags.tokens, model)
-    elif found:
+        tokens.freeze(tokens.categories)
+        tokens.add(model, tokenizer, flags.add, seed=flags.seed)
+    elif found := [category for category in learn if category != NEUTRAL]:
         tokens = ControlTokens.for_model(
             model, tokenizer, found, flags.tokens_per_category, flags.seed)
     else:
@@ -221,6 +332,10 @@ def load_tokens(
             if value not in known:
                 raise ValueError(f"{flags.data}:{number}: unknown {key} {value!r}; "
                                  f"known here are {', '.join(known)}")
+    if lacking := [name for name in known if name not in learn and tokens.trainable]:
+        raise ValueError(f"{flags.data}: no training request of {lacking[0]}; it takes "
+                         f"some of each category, and {NEUTRAL} ones such as those in "
+                         "data_sample/requests.jsonl")
     if "test" not in {q.split for q in requests}:
         raise ValueError(f"{flags.data}: no request has split 'test'")
     if flags.orders == Flags().orders:  # not asked for: as far as there are categories
@@ -231,36 +346,72 @@ def load_tokens(
     return tokens
 
 
-def read_requests(path: str) -> list[Request]:
-    """The requests of a JSONL file. ValueError: names file, line and fix."""
-    if wrong := bad_line(path):
-        raise ValueError(f"{wrong}; each line of --data is like {FORM}")
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else: a call over the network
-    rows = datasets.load_dataset(  # streaming: nothing is copied into a cache
-        "json", data_files=path, split="train", streaming=True)
-    requests = []
-    for number, row in enumerate(rows, 1):
-        split, near = row.get("split") or "train", row.get("near")
-        for key in ("request", "category"):
+def read_requests(
+    path: str, request: str = "request", category: str = "category", seed: int = 0
+) -> list[Request]:
+    """The requests of a file or hub dataset. ValueError: names file, line and fix.
+
+    Where no row has a split each category is divided 60 / 20 / 20, by the seed.
+    """
+    requests, seen = [], {}
+    for number, row in enumerate(read_rows(path, (request, category)), 1):
+        split, near = row.get("split"), row.get("near")
+        for key in (request, category):
             if not isinstance(row.get(key), str) or not row[key].strip():
                 raise ValueError(f"{path}:{number}: {key} is {row.get(key)!r}; it must "
                                  f"be some text, as in {FORM}")
-        if split not in ("train", "validation", "test"):
+        if split not in (None, *SPLITS):
             raise ValueError(f"{path}:{number}: split is {split!r}; it must be train, "
                              "validation or test")
-        if near and row["category"] != NEUTRAL:
+        if near and row[category] != NEUTRAL:
             raise ValueError(f"{path}:{number}: near is {near!r}; only {NEUTRAL} "
                              "requests can be near misses")
-        requests.append(Request(row["request"], row["category"], split, near))
+        there = seen.setdefault(row[request].strip().lower(), (number, split))
+        if there != (number, split) and (split is None or there[1] != split):
+            raise ValueError(f"{path}:{number}: the request of line {there[0]} again; "
+                             "take one out, or the test split would leak")
+        requests.append(Request(row[request], row[category], split or "train", near))
+    if not any(split for _, split in seen.values()):
+        parts = {}  # of each kind of request, in turn
+        for i in random.Random(seed).sample(range(len(requests)), len(requests)):
+            kind = requests[i].category, requests[i].near
+            turn = parts[kind] = parts.get(kind, -1) + 1
+            requests[i] = replace(requests[i], split=SPLITS[(0, 2, 0, 1, 0)[turn % 5]])
     return requests
+
+
+def read_rows(path: str, columns: tuple[str, str]) -> list[dict]:
+    """The rows of a file or hub dataset, as they are. ValueError: it has none."""
+    kinds = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    kind = kinds.get(Path(path).suffix)
+    if not os.path.isfile(path) and (kind or not re.fullmatch(HUB_NAME, path)):
+        raise ValueError(f"{path}: no such file")
+    if os.path.isfile(path) and not kind:
+        raise ValueError(f"{path}: unknown kind of file; known are {', '.join(kinds)}")
+    if kind == "json" and (wrong := bad_line(path)):
+        raise ValueError(f"{wrong}; each line of --data is like {FORM}")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else: a call over the network
+    try:  # streaming: nothing is copied into a cache
+        parts = datasets.load_dataset(
+            kind or path, data_files=path if kind else None, streaming=True)
+        own = len(parts) > 1  # splits of a dataset of the hub
+        rows = [row | ({"split": name} if own else {}) for name, part in parts.items()
+                for row in part]
+    except Exception as error:  # as many kinds as there are readers
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+    if not rows:
+        raise ValueError(f"{path}: the file is empty")
+    if lacking := [name for name in columns if name not in rows[0]]:
+        found = ", ".join(map(str, rows[0]))
+        raise ValueError(f"{path}: no column {lacking[0]!r}, only {found}; name yours "
+                         "with --request_column and --category_column")
+    return rows
 
 
 def bad_line(path: str) -> str:
     """Where and why a file is not JSON lines; empty if it is."""
     number = 0
-    if not os.path.isfile(path):
-        return f"{path}: no such file"
     try:
         with open(path, "rb") as file:  # bytes: so that a bad one has its own line
             for number, line in enumerate(file, 1):
@@ -285,6 +436,10 @@ def read_flags() -> Flags:
             stop(f"--{name} is {getattr(flags, name)}; it must be above 0")
     if not 0 <= flags.kd_weight < math.inf:
         stop(f"--kd_weight is {flags.kd_weight}; it must be 0 or more")
+    if flags.add and not flags.tokens:
+        stop("--add grows a saved table; name it with --tokens")
+    if flags.export and os.path.exists(flags.export):
+        stop(f"--export {flags.export} exists already; name a folder that does not")
     if not 0 <= flags.seed < 2**32:
         stop(f"--seed is {flags.seed}; it must lie in 0..{2**32 - 1}")
     if flags.device not in ("", "cpu", "cuda"):
@@ -298,17 +453,48 @@ def read_flags() -> Flags:
     return flags
 
 
-def write_results(flags: Flags, tokens: ControlTokens, results: dict) -> None:
-    """tokens.safetensors and results.json, each written beside and then renamed."""
-    folder = Path(flags.output)
+def write_results(
+    output: str, tokens: ControlTokens | None, results: dict, shown: dict
+) -> None:
+    """A new table, results.json and report.html: each beside, then renamed."""
+    folder, written = Path(output), {
+        "results.json": json.dumps(results, indent=2) + "\n",
+        "report.html": report(results, shown)}
     folder.mkdir(parents=True, exist_ok=True)
-    if not flags.tokens:
+    if tokens:
         tokens.save(folder / "tokens.safetensors")
-    beside = folder / "results.json.part"
-    beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    beside.replace(folder / "results.json")
-    saved = "results.json" if flags.tokens else "tokens.safetensors and results.json"
-    print(f"\nwritten to {folder}: {saved}")
+        (folder / "training.pt").unlink(missing_ok=True)
+    for name, text in written.items():
+        (folder / f"{name}.part").write_text(text, encoding="utf-8")
+        (folder / f"{name}.part").replace(folder / name)
+    saved = ["tokens.safetensors"] * bool(tokens) + [*written]
+    print(f"\nwritten to {folder}: {', '.join(saved)}")
+
+
+def report(results: dict, shown: dict[str, dict[str, str]]) -> str:
+    """One page of HTML with nothing from elsewhere: figures, answers, settings."""
+    names = {"dsr": "DSR (up)", "over_refusal": "OR (down)",
+             "near_miss": "near-miss OR (down)"}
+    rows = {}
+    methods = {"MOSAIC": results["orders"], "instruction": results["instruction"]}
+    for method, cell in ((m, cell) for m, cells in methods.items() for cell in cells):
+        row = rows[f"{method}, order {cell['order']}"] = {}
+        for key, name in names.items():
+            n, rate, *ends = (cell[key][one] for one in ("n", "rate", "low", "high"))
+            row[name] = 100 * rate if n else math.nan
+            row[f"95%, n of {name}"] = "{:.1f} to {:.1f}, ".format(
+                *(100 * end for end in ends)) + str(n)
+    figures = pandas.DataFrame(rows).T.style.format(precision=1, na_rep="-")
+    for name, color in zip(names.values(), ("#4a90d9aa", "#d9534faa", "#e09f3eaa")):
+        figures.bar(subset=[name], vmin=0, vmax=100, color=color)
+    columns = ["no policy", "its own", "another's", "all"]
+    answers = pandas.DataFrame(
+        [list(four.values()) for four in shown.values()], list(shown), columns)
+    settings = pandas.DataFrame({"value": results["config"]})
+    with pandas.option_context("display.max_colwidth", None):
+        return PAGE.format(
+            model=html.escape(results["model"]), figures=figures.to_html(),
+            answers=answers.to_html(border=0), settings=settings.to_html(border=0))
 
 
 def one_line(message: object) -> str:
@@ -328,6 +514,8 @@ def run() -> None:
         main()
     except (ValueError, OSError) as error:
         stop(str(error))
+    except KeyboardInterrupt:
+        stop("stopped; the same command takes up what was trained so far")
 
 
 if __name__ == "__main__":

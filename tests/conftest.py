@@ -21,6 +21,7 @@ transformers.logging.disable_progress_bar()
 
 CATEGORIES = ["addiction", "alcohol", "betting", "horror", "sex"]
 EMBEDDED = ROOT / "data_sample" / "tiny_chat"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -32,6 +33,7 @@ SMALL = dict(
 )
 WINDOW = {"sliding_window": 8}  # shorter than any prompt
 OLD = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+MARKS = ("bos", "eos", "pad")
 FAMILIES = {
     "llama": SMALL,
     "mistral": SMALL | WINDOW,
@@ -57,14 +59,9 @@ FAMILIES = {
 def tiny_model(family: str, tokenizer, seed: int = 0, **options):
     """A random-weight model of a family that fits the embedded tokenizer."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **FAMILIES[family] | options,
-    )
+    size = {"vocab_size": len(tokenizer)}
+    ids = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in MARKS}
+    config = AutoConfig.for_model(family, **size | ids | FAMILIES[family] | options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # livelier than 0.02, so that wrong inputs show in the logits
         for weight in model.parameters():

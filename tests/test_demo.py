@@ -5,14 +5,19 @@ import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 
+import datasets
+import pandas
 import pytest
 import torch
 from conftest import EMBEDDED, ROOT, read
 from safetensors.torch import load_file, save_file
 
+import mosaic
 import train_demo
+from mosaic import ControlTokens
 
 KEYS = {
     "model",
@@ -24,6 +29,9 @@ KEYS = {
     "drift",
     "seconds",
 }
+
+
+OLD = ("alcohol", "betting")
 
 
 def demo(*flags, cwd):
@@ -97,8 +105,10 @@ def test_a_short_run_beats_the_untouched_backbone(run):
 
 def test_a_run_says_what_is_trained_and_shows_answers_under_policies(run):
     done, _ = run
-    first, second = done.stdout.splitlines()[:2]
-    assert first.startswith("trained: 1,920 numbers") and second.startswith("frozen:")
+    read, trained, frozen = done.stdout.splitlines()[:3]
+    assert "alcohol 90/8/8, betting 90/8/8, neutral 114/16/16" in read
+    assert trained.startswith("trained: 1,920 numbers, 5 control tokens for each of")
+    assert frozen.startswith("frozen:  3,737,280 weights")
     for row in ("untouched backbone", "written instruction", "MOSAIC"):
         assert f"\n{row}" in done.stdout
     for title in ("none |", "alcohol |", "betting |", "all |"):
@@ -122,7 +132,133 @@ def test_a_saved_table_is_evaluated_without_training(run, small):
     assert done.returncode == 0, done.stderr
     again = json.loads((small / "again" / "results.json").read_text())
     assert again["orders"] == results["orders"] and "epoch " not in done.stdout
-    assert [p.name for p in (small / "again").iterdir()] == ["results.json"]
+    assert "trained: nothing\n" in done.stdout
+    files = {p.name for p in (small / "again").iterdir()}
+    assert files == {"results.json", "report.html"}
+
+
+def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, small):
+    kept, counts = [], Counter()
+    for row in read("requests"):
+        counts[row["category"], row["split"], row["near"]] += 1
+        if counts[row["category"], row["split"], row["near"]] <= 10:
+            if {row["category"], row["near"]} <= {*OLD, "horror", "neutral", None}:
+                kept.append(json.dumps(row) + "\n")
+    (small / "grown.jsonl").write_text("".join(kept), encoding="utf-8")
+    tokens = "runs/demo/tokens.safetensors"
+    flags = ["--data", "grown.jsonl", "--tokens", tokens, "--add", "horror"]
+    more = ["--epochs", 1, "--orders", 1, "--output", "grown", "--device", "cpu"]
+    done = demo(*flags, *more, "--export", "served", cwd=small)
+    assert done.returncode == 0, done.stderr
+    assert "trained: 960 numbers, 5 control tokens for each of horror" in done.stdout
+    assert "frozen:  the tokens of alcohol, betting; 3,737,280 weights" in done.stdout
+    old, new = load_file(small / tokens), load_file(small / "grown/tokens.safetensors")
+    assert set(new) == {*old, "horror"}
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    template = (small / "served" / "chat_template.jinja").read_text()
+    assert "<|horror:4|>" in template and "exported to served" in done.stdout
+
+
+def test_the_report_is_one_page_that_shows_the_results_and_asks_nobody(run, small):
+    _, results = run
+    page = (small / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"<script|<link|src=|https?:|@import", page)
+    for cell in (*results["orders"], *results["instruction"]):
+        for share in (cell["dsr"], cell["over_refusal"]):
+            low, high = 100 * share["low"], 100 * share["high"]
+            assert f"{100 * share['rate']:.1f}" in page
+            assert f"{low:.1f} to {high:.1f}, {share['n']}" in page
+    assert page.count("can&#x27;t help") + page.count("can't help") >= 2
+    hostile = {"a: <b>&": dict.fromkeys(("none", "a", "b", "all"), "<script>")}
+    page = train_demo.report(results | {"model": "<i>"}, hostile)
+    assert "<script" not in page and "<i>" not in page and "<b>" not in page
+
+
+def test_a_chat_switches_its_policy_at_any_turn(run, small, backbone, tokenizer):
+    tokens = ControlTokens.load(small / "runs/demo/tokens.safetensors", backbone)
+    asked = [r["request"] for r in read("requests") if r["category"] == "alcohol"][:20]
+    said = mosaic.generate(backbone, tokenizer, tokens, asked, [["alcohol"]] * 20, 9)
+    asked = next(a for a, b in zip(asked, said) if mosaic.is_refusal(b))
+    lines = ["/policy", "/on alcohol", asked, "/on golf", "/why", "/off alcohol"]
+    lines += ["/reset", asked, "/quit", "never read"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train_demo.py"),
+            "--device",
+            "cpu",
+            "--chat",
+            "runs/demo/tokens.safetensors",
+        ],
+        cwd=small,
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.split(r"\[([^]]*)\] > ", done.stdout)[1:]
+    policies, shown = found[::2], [text.strip() for text in found[1::2]]
+    assert policies == ["no policy"] * 2 + ["alcohol"] * 4 + ["no policy"] * 3
+    assert shown[0] == "declined: nothing; known: alcohol, betting"
+    assert shown[2] == mosaic.REFUSAL and not mosaic.is_refusal(shown[7])
+    for line in shown[3:5]:
+        assert "/on X, /off X (X of alcohol, betting), /policy, /reset, /quit" in line
+    assert len(shown[7]) > 20 and shown[1] == shown[5] == shown[6] == shown[8] == ""
+
+
+def test_a_chat_keeps_its_history_until_reset_and_ends_with_the_input(
+    backbone, tokenizer, tokens, tmp_path, monkeypatch, capsys
+):
+    ControlTokens.for_model(backbone, tokenizer, ["alcohol"]).save(tmp_path / "t")
+    lines, seen = iter(["Hi", "And then?", "/reset", "Hi", None, "Hi"]), []
+
+    def say(prompt):
+        line = next(lines, EOFError)
+        if line is EOFError:
+            raise EOFError
+        return line or "Stop me"
+
+    def answer(model, tokenizer, tokens, prompts, policies, streamer):
+        seen.append([turn["content"] for turn in prompts[0]])
+        if seen[-1][-1] == "Stop me":
+            raise KeyboardInterrupt
+        return ["Well."]
+
+    monkeypatch.setattr("builtins.input", say)
+    monkeypatch.setattr(train_demo, "generate", answer)
+    train_demo.chat(tmp_path / "t", backbone, tokenizer)
+    assert seen[:3] == [["Hi"], ["Hi", "Well.", "And then?"], ["Hi"]]
+    assert seen[4] == ["Hi", "Well.", "Stop me", "...", "Hi"]
+
+
+# --- Data of one's own ----------------------------------------------------------------
+
+
+def test_csv_parquet_jsonl_and_hub_datasets_are_read_alike(tmp_path, monkeypatch):
+    rows = [
+        {"text": f'say "{i}", or\nnot', "topic": ("a", "neutral")[i % 2]}
+        for i in range(20)
+    ]
+    frame = pandas.DataFrame(rows)
+    frame.to_csv(tmp_path / "d.csv", index=False)
+    frame.to_parquet(tmp_path / "d.parquet")
+    frame.to_json(tmp_path / "d.jsonl", orient="records", lines=True)
+    found = [
+        train_demo.read_requests(str(tmp_path / name), "text", "topic", seed=3)
+        for name in ("d.csv", "d.parquet", "d.jsonl")
+    ]
+    assert found[0] == found[1] == found[2] and found[0][4].prompt == 'say "4", or\nnot'
+    counts = Counter((q.category, q.split) for q in found[0])
+    assert set(counts.values()) == {2, 6} and counts["a", "train"] == 6
+    again = train_demo.read_requests(str(tmp_path / "d.csv"), "text", "topic", seed=4)
+    assert [q.prompt for q in again] == [q.prompt for q in found[0]] and again != found[
+        0
+    ]
+
+    hub = {"train": rows[:14], "test": rows[14:]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **more: hub)
+    found = train_demo.read_requests("someone/something", "text", "topic")
+    assert [q.split for q in found] == ["train"] * 14 + ["test"] * 6
 
 
 ROW = '{"request": "a", "category": "b", "split": "train"}\n'
@@ -166,7 +302,11 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
     ),
     "unknown split": (DATA, ROW.replace("train", "dev"), "d.jsonl:1: split is 'dev'"),
     "only neutral": (DATA, ROW.replace('"b"', '"neutral"'), "no request to learn from"),
-    "no test split": (DATA, ROW, "no request has split 'test'"),
+    "no test split": (
+        DATA,
+        ROW + ROW.replace('"b"', '"neutral"'),
+        "no request has split 'test'",
+    ),
     "category without training": (
         DATA,
         ROW + TEST.replace('"b"', '"e"'),
@@ -182,9 +322,29 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
         ROW.replace('"b"', '"b", "near": "b"'),
         "d.jsonl:1: near is 'b'; only",
     ),
+    "no neutral": (DATA, ROW + TEST, "no training request of neutral; it takes some"),
+    "request in two splits": (
+        DATA,
+        ROW + ROW.replace("train", "test").replace('"a"', '"A "'),
+        "d.jsonl:2: the request of line 1 again; take one out",
+    ),
+    "request twice without splits": (
+        DATA,
+        '{"request": "a", "category": "b"}\n' * 2,
+        "d.jsonl:2: the request of line 1 again",
+    ),
+    "another column": (
+        [*DATA, "--category_column", "topic"],
+        ROW,
+        "no column 'topic', only request, category, split; name yours with",
+    ),
+    "unknown kind of file": (["--data", "."], None, ".: no such file"),
+    "nothing to grow": (["--add", "golf"], None, "--add grows a saved table"),
+    "export to what exists": (["--export", "."], None, "--export . exists already"),
+    "no table to talk under": (["--chat", "none"], None, "none is no table to use"),
     "missing model": (["--model", "./none"], None, "no model folder ./none; give one"),
     "unreadable model": (["--model", "."], None, "model . cannot be used"),
-    "missing table": (["--tokens", "none"], None, "none is no readable token table"),
+    "missing table": (["--tokens", "none"], None, "none is no table to use here"),
 }
 
 

@@ -1,11 +1,12 @@
 """Any small open model: every family of architectures and manner of chat template."""
 
 import random
+import re
 
 import pytest
 import torch
 import transformers
-from conftest import CATEGORIES, EMBEDDED, FAMILIES, tiny_model
+from conftest import CATEGORIES, EMBEDDED, FAMILIES, README, tiny_model
 from transformers import AutoTokenizer
 
 import mosaic
@@ -65,41 +66,44 @@ def test_a_training_step_moves_only_the_tokens_and_drops_nothing_out(family, tok
     assert all(weight.grad is None for weight in model.parameters())
 
 
+RECOMPUTE = re.search(r"```python\n(from functools.*?)```", README, re.S)[1]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "opt", "bloom"])
-def test_recomputing_activations_changes_no_gradient(family, tokenizer):
+def test_recomputing_as_the_readme_does_changes_no_gradient(family, tokenizer):
     model = tiny_model(family, tokenizer).requires_grad_(False)
     tokens = ControlTokens.for_model(model, tokenizer, ["alcohol", "betting"], 3)
-    known = mosaic.reference_answers(model, tokenizer, REQUESTS, 6)
-    tasks = [mosaic.Task(q, ("alcohol",), q.category == "alcohol") for q in REQUESTS]
+    tasks = [mosaic.Task(q, ("alcohol",)) for q in REQUESTS]
     found = []
-    for on in (False, True):
+    for recipe in ("", RECOMPUTE):
+        exec(recipe, {"model": model})
+        known = mosaic.reference_answers(model, tokenizer, REQUESTS, 6)
         kept = []  # of each tensor that waits for the backward pass, its size
 
         def keep(tensor, kept=kept):
             kept.append(tensor.numel() * (tensor.shape[-1:] != (len(tokenizer),)))
             return tensor
 
-        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with saved, mosaic.recomputing(model, on):
-            losses = mosaic.task_losses(
-                model, tokenizer, tokens, tasks, known, [5, 6], random.Random(0)
-            )
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            rows = mosaic.task_rows(tokens, tasks, known, [5, 6], random.Random(0))
+            losses = mosaic.task_losses(model, tokenizer, tasks, rows, known)
         tokens.zero_grad()
         sum(losses).backward()
         found.append((losses, [v.grad.clone() for v in tokens.vectors[:1]], sum(kept)))
     torch.testing.assert_close(found[0][:2], found[1][:2], rtol=0, atol=0)
     assert found[1][2] < 0.5 * found[0][2]
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_model_that_embeds_elsewhere_is_refused_with_a_way_out(model, tokenizer):
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=99, d_model=8, num_layers=1, d_kv=4, d_ff=8)
     )
-    with pytest.raises(ValueError, match="t5 is an encoder-decoder: take a causal LM"):
+    with pytest.raises(ValueError, match="t5 is an encoder-decoder, or"):
         ControlTokens.for_model(t5, tokenizer, CATEGORIES)
     model.config.hidden_size_per_layer_input = 16  # Gemma 3n and 4
-    with pytest.raises(ValueError, match="embeds in every layer: take a causal LM"):
+    with pytest.raises(
+        ValueError, match="llama .* embeds in every layer: take another"
+    ):
         ControlTokens.for_model(model, tokenizer, CATEGORIES)
 
 
@@ -182,7 +186,8 @@ def test_a_refusal_ends_as_the_template_ends_a_turn(manner):
 @pytest.mark.parametrize("manner", TEMPLATES)
 def test_a_written_rule_reaches_the_model_with_or_without_a_system_role(manner):
     tokenizer = tokenizer_like(manner)
-    turns = train_demo.instruct("Odds?", ["betting"], tokenizer)
+    system = train_demo.takes_system(tokenizer)
+    turns = train_demo.instruct("Odds?", ["betting"], system)
     text = tokenizer.decode(mosaic.prompt_ids(tokenizer, turns))
     assert text.count("Do not talk about betting.") == text.count("Odds?") == 1
     assert len(turns) == (1 if manner == "gemma" else 2)

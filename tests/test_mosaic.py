@@ -1,6 +1,7 @@
 """One test per promise of mosaic.py, in its order."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -151,7 +152,7 @@ def damage(path, how, tokens):
         elif how == "newer format":
             about["format"] = 2
         elif how == "other placement":
-            about["placement"] = "before_bos"
+            about["placement"] = "anywhere"
         save_file(data, path, metadata={"mosaic": json.dumps(about)})
 
 
@@ -201,7 +202,7 @@ def test_control_tokens_stand_right_after_bos_and_padding_only_at_the_left(
     rows = rows_of(tokenizer, tokens)
     batch = mosaic.make_batch(model, tokenizer, rows)
     embed = model.get_input_embeddings()
-    for i, (prompt, control, answer) in enumerate(rows):
+    for i, (prompt, control, answer, _) in enumerate(rows):
         text = embed(torch.tensor(prompt + answer))
         whole = torch.cat([text[:1], control, text[1:]])
         start = batch.inputs_embeds.shape[1] - len(whole)
@@ -210,6 +211,20 @@ def test_control_tokens_stand_right_after_bos_and_padding_only_at_the_left(
         assert batch.position_ids[i, start:].tolist() == list(range(len(whole)))
         assert batch.labels[i, -len(answer) :].tolist() == answer
         assert (batch.labels[i, : -len(answer)] == IGNORE).all()
+
+
+def test_a_table_made_for_it_stands_before_bos(model, tokenizer, tmp_path):
+    table = ControlTokens.for_model(model, tokenizer, ["sex"], placement="before_bos")
+    table.save(tmp_path / "t")
+    again = ControlTokens.load(tmp_path / "t", model)
+    ids = mosaic.prompt_ids(tokenizer, "Hi")
+    batch = mosaic.make_batch(
+        model, tokenizer, [mosaic.control_row(again, ["sex"], ids, [9])]
+    )
+    text = model.get_input_embeddings()(torch.tensor(ids + [9]))
+    assert torch.equal(batch.inputs_embeds[0], torch.cat([table.vectors[0], text]))
+    with pytest.raises(ValueError, match="bad placement 'first': it is one of"):
+        ControlTokens.for_model(model, tokenizer, ["sex"], placement="first")
 
 
 def test_without_a_bos_the_tokens_stand_first(model, tokenizer, tokens):
@@ -461,7 +476,9 @@ def test_teacher_logits_are_the_models_own_or_a_second_forward_is_taken(
 
 def losses(model, tokenizer, tokens, tasks, known, draw):
     target = mosaic.refusal_ids(model, tokenizer, mosaic.REFUSAL)
-    return mosaic.task_losses(model, tokenizer, tokens, tasks, known, target, draw)
+    tasks = sorted(tasks, key=lambda task: not task.refuse)
+    rows = mosaic.task_rows(tokens, tasks, known, target, draw)
+    return mosaic.task_losses(model, tokenizer, tasks, rows, known)
 
 
 def test_gradients_reach_the_active_categories_and_nothing_else(
@@ -471,7 +488,7 @@ def test_gradients_reach_the_active_categories_and_nothing_else(
     known = mosaic.reference_answers(model, tokenizer, requests, 8)
     policy = ("alcohol", "sex")
     tasks = [
-        mosaic.Task(q, policy, q.category in policy)
+        mosaic.Task(q, policy)
         for q in requests
         if q.category in ("alcohol", "sex", NEUTRAL)
     ]
@@ -488,16 +505,13 @@ def test_task_losses_equal_a_row_by_row_reference(model, tokenizer, tokens, requ
     known = mosaic.reference_answers(model, tokenizer, requests, 8)
     policy = ("alcohol",)
     tasks = [
-        mosaic.Task(q, policy, q.category in policy)
-        for q in requests
-        if q.category in ("alcohol", "horror")
-    ][::-1]  # negatives first: the losses may not hang on the order of the tasks
-    assert not tasks[0].refuse and tasks[-1].refuse
+        mosaic.Task(q, policy) for q in requests if q.category in ("alcohol", "horror")
+    ]
     refusal = own_ids(tokenizer, mosaic.REFUSAL) + [tokenizer.eos_token_id]
     sums, counts = [0.0, 0.0, 0.0], [0, 0]
     with torch.no_grad():
         for task in tasks:
-            prompt, _, answer = known[task.request].row
+            prompt, _, answer, _ = known[task.request].row
             target = refusal if task.refuse else answer
             embed = model.get_input_embeddings()
             text = embed(torch.tensor(prompt + target))
@@ -600,12 +614,124 @@ def test_training_shuffles_the_tokens_of_a_composition(
     model, tokenizer, tokens, requests
 ):
     known = mosaic.reference_answers(model, tokenizer, requests, 8)
-    task = mosaic.Task(requests[0], tuple(CATEGORIES), True)
+    task = mosaic.Task(requests[0], tuple(CATEGORIES))
     found = {
         losses(model, tokenizer, tokens, [task], known, random.Random(i))[0].item()
         for i in range(6)
     }
     assert len(found) > 2
+
+
+def test_some_positives_may_decline_a_few_words_into_an_answer(
+    model, tokenizer, tokens, requests
+):
+    known = mosaic.reference_answers(model, tokenizer, requests, 12)
+    tasks = [mosaic.Task(q, ("alcohol", "sex")) for q in requests] * 20
+    for share in (0.0, 0.5):
+        rows = mosaic.task_rows(tokens, tasks, known, [5], random.Random(0), share)
+        lengths = Counter()
+        for task, row in zip(tasks, rows):
+            prompt, _, answer, _ = known[task.request].row
+            begun = len(row.prompt) - len(prompt)
+            assert row.prompt == [*prompt, *answer[:begun]]
+            if task.refuse:
+                assert row.answer == [5]
+                lengths[begun] += 1
+            else:
+                assert begun == 0 and row.answer == answer
+        assert (1 - lengths[0] / lengths.total()) == pytest.approx(share, abs=0.1)
+    assert set(lengths) == set(range(9))
+
+
+# Resuming: the same tokens as if nothing had happened.
+
+RESUMED = TrainConfig(
+    orders=(1, 2), epochs=3, positives_per_subset=4, batch_size=8, prefill=0.3
+)
+
+
+def run(model, tokenizer, requests, config=RESUMED, **options):
+    table = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2)
+    history = mosaic.train(model, tokenizer, table, requests, config, **options)
+    return list(table.vectors), history
+
+
+def count_steps(model, tokenizer, requests):
+    """Of a whole run."""
+    draw = random.Random(0)
+    sampler = OrderSampler(requests, CATEGORIES, CATEGORIES, 4, 1.0, draw)
+    return 3 * len(sampler.epoch((1, 2), 8))
+
+
+@pytest.mark.parametrize("stopped_in", [2, 3])
+def test_a_stopped_run_is_taken_up_and_ends_with_the_same_tokens(
+    model, tokenizer, requests, tmp_path, monkeypatch, stopped_in
+):
+    whole, history = run(model, tokenizer, requests)
+    path, real, begun = tmp_path / "training.pt", torch.save, []
+
+    def save(state, file):
+        begun.append(file)
+        real(state, file)
+        if len(begun) == stopped_in:  # while it is written
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", save)
+        run(model, tokenizer, requests, checkpoint=path)
+    steps = []
+    patch_losses = mosaic.task_losses
+    monkeypatch.setattr(
+        mosaic, "task_losses", lambda *a: steps.append(1) or patch_losses(*a)
+    )
+    again, resumed = run(model, tokenizer, requests, checkpoint=path)
+    assert all(map(torch.equal, whole, again)) and resumed == history
+    assert len(steps) * 3 == (4 - stopped_in) * count_steps(model, tokenizer, requests)
+    steps.clear()  # a finished run is only read
+    again, resumed = run(model, tokenizer, requests, checkpoint=path)
+    assert all(map(torch.equal, whole, again)) and resumed == history and not steps
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
+    model, tokenizer, requests, tmp_path
+):
+    path = tmp_path / "training.pt"
+    run(model, tokenizer, requests, checkpoint=path)
+    before = path.read_bytes()
+    other = dataclasses.replace(RESUMED, epochs=4, seed=5)
+    with pytest.raises(
+        ValueError, match=r"another run \(epochs 3, now 4, seed 0, now 5"
+    ):
+        run(model, tokenizer, requests, other, checkpoint=path)
+    with pytest.raises(ValueError, match=r"another run \(requests"):
+        run(model, tokenizer, requests[::-1], checkpoint=path)
+    with pytest.raises(ValueError, match=r"another run \(start .* backbone"):
+        stranger = tiny_model("llama", tokenizer, seed=1)
+        run(stranger, tokenizer, requests, checkpoint=path)
+    assert path.read_bytes() == before
+    path.write_bytes(before[: len(before) // 2])
+    with pytest.raises(ValueError, match="training.pt is no readable checkpoint"):
+        run(model, tokenizer, requests, checkpoint=path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    model, tokenizer, requests, tmp_path, monkeypatch
+):
+    real, steps = mosaic.task_losses, []
+
+    def broken(*arguments):
+        steps.append(1)
+        refusal, reference, kd = real(*arguments)
+        return refusal, reference, kd / (len(steps) != total + 3)
+
+    total = count_steps(model, tokenizer, requests) // 3
+    monkeypatch.setattr(mosaic, "task_losses", broken)
+    path = tmp_path / "training.pt"
+    with pytest.raises(ValueError, match="not finite in epoch 2, step 3: lower the"):
+        run(model, tokenizer, requests, checkpoint=path)
+    saved = torch.load(path, weights_only=True)
+    assert len(saved["history"]) == 1
+    assert all(vectors.isfinite().all() for vectors in saved["tokens"].values())
 
 
 def test_answers_end_where_the_tokenizer_or_the_checkpoint_says(model, tokenizer):
@@ -775,27 +901,31 @@ def test_a_second_judge_is_compared_with_the_first():
     assert row["disagreement"]["rate"] == 0.5 and row["dsr"]["rate"] == 0.5
 
 
-def test_choosing_takes_the_option_with_the_highest_log_likelihood(model, tokenizer):
+def test_choosing_takes_the_option_with_the_highest_log_likelihood(
+    model, tokenizer, tokens
+):
     options = ["Yes", "No", "Perhaps not today"]
-    rows = [Row(mosaic.prompt_ids(tokenizer, asked)) for asked in ASKED]
-    slow = []
-    for row in rows:
-        sums = []
-        for option in options:
-            end = own_ids(tokenizer, option)
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([row.prompt + end])).logits[0]
-            found = logits[-len(end) - 1 : -1].log_softmax(-1)
-            sums.append(sum(found[i, one].item() for i, one in enumerate(end)))
-        slow.append(sums.index(max(sums)))
-    assert mosaic.choose(model, tokenizer, rows, options, batch_size=2) == slow
+    embed = model.get_input_embeddings()
+    for asked in ASKED:
+        for policy in ((), ("horror", "sex")):
+            inserted = tokens.compose(policy)
+            text = embed(torch.tensor(mosaic.prompt_ids(tokenizer, asked)))
+            sums = []
+            for option in options:
+                end = own_ids(tokenizer, option)
+                x = [text[:1], inserted, text[1:], embed(torch.tensor(end))]
+                with torch.no_grad():
+                    logits = model(inputs_embeds=torch.cat(x)[None]).logits[0]
+                found = logits[-len(end) - 1 : -1].log_softmax(-1)
+                sums.append(sum(found[i, one].item() for i, one in enumerate(end)))
+            chosen = mosaic.choose(model, tokenizer, asked, options, tokens, policy)
+            assert chosen == sums.index(max(sums))
 
 
 def test_the_model_judge_calls_no_a_refusal(model, tokenizer, monkeypatch):
-    def choose(model, tokenizer, rows, options):
-        texts = [tokenizer.decode(row.prompt) for row in rows]
-        assert options == ["Yes", "No"] and "What goes in" in texts[0]
-        return [1 if "can't help" in text else 0 for text in texts]
+    def choose(model, tokenizer, prompt, options):
+        assert options == ["Yes", "No"] and "What goes in" in prompt or "Hi" in prompt
+        return 1 if "can't help" in prompt else 0
 
     monkeypatch.setattr(mosaic, "choose", choose)
     judge = mosaic.model_judge(model, tokenizer)
@@ -815,9 +945,9 @@ def test_multiple_choice_accuracy_reads_mmlus_form_under_a_policy(
     ]
     seen = []
 
-    def choose(model, tokenizer, rows, options):
-        seen.append((rows[0].control, tokenizer.decode(rows[0].prompt), options))
-        return [0]
+    def choose(model, tokenizer, prompt, options, tokens, policy):
+        seen.append((policy, prompt, options))
+        return 0
 
     def accuracy(items, policy=()):
         return mosaic.multiple_choice_accuracy(model, tokenizer, tokens, items, policy)
@@ -826,8 +956,8 @@ def test_multiple_choice_accuracy_reads_mmlus_form_under_a_policy(
     monkeypatch.setattr(mosaic, "choose", choose)
     assert accuracy(items, ["sex"])["rate"] == 1
     assert accuracy([item | {"answer": 1} for item in items])["rate"] == 0
-    control, asked, options = seen[0]
-    assert torch.equal(control, tokens.compose(["sex"])) and seen[-1][0] is None
+    policy, asked, options = seen[0]
+    assert policy == ["sex"] and seen[-1][0] == ()
     assert (
         "How many legs has a hen?" in asked and "A. two" in asked and "B. four" in asked
     )

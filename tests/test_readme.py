@@ -7,12 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import README, ROOT
 
 import mosaic
 import train_demo
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(kind):
@@ -22,7 +20,7 @@ def blocks(kind):
 def test_the_python_block_runs_as_printed_and_prints_what_the_readme_shows(
     capsys, tmp_path
 ):
-    (code,), before = blocks("python"), os.getcwd()
+    code, before = blocks("python")[0], os.getcwd()
     code = code.replace("tokens.safetensors", str(tmp_path / "tokens.safetensors"))
     os.chdir(ROOT)
     try:
@@ -47,11 +45,14 @@ def test_the_python_block_runs_as_printed_and_prints_what_the_readme_shows(
     [
         line
         for block in blocks("bash")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if "train_demo.py" in line
     ],
 )
-def test_every_demo_command_of_the_readme_has_flags_that_exist(line, monkeypatch):
+def test_every_demo_command_of_the_readme_has_flags_that_exist(
+    line, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
     words = shlex.split(line.split("#")[0])
     monkeypatch.setattr(sys, "argv", words[words.index("train_demo.py") :])
     assert train_demo.read_flags().epochs > 0

@@ -20,11 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -86,12 +89,12 @@ class Job:
 # --- One step of training, in several ways --------------------------------------------
 
 
-def ours(job, tasks, draw, known=None, recompute=False):
-    with mosaic.recomputing(job.model, recompute):
-        losses = mosaic.task_losses(
-            job.model, job.tokenizer, job.tokens, tasks, known or job.known,
-            job.refusal, draw,
-        )  # fmt: skip
+def ours(job, tasks, draw, known=None):
+    tasks = sorted(tasks, key=lambda task: not task.refuse)
+    rows = mosaic.task_rows(job.tokens, tasks, job.known, job.refusal, draw)
+    losses = mosaic.task_losses(
+        job.model, job.tokenizer, tasks, rows, known or job.known
+    )
     return sum(losses)
 
 
@@ -123,7 +126,16 @@ def head_at_every_position(job, tasks, draw):
 
 
 def recomputed(job, tasks, draw):
-    return ours(job, tasks, draw, recompute=True)
+    """As ours, with the README's way of keeping no activations inside the layers."""
+    layers = [
+        m for m in job.model.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    loss = ours(job, tasks, draw)
+    for layer in layers:
+        del layer.forward
+    return loss
 
 
 def peer(job, tasks, draw):
