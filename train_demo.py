@@ -62,6 +62,7 @@ class Flags:
         "help": "policy sizes to train on; evaluation takes all"})
     epochs: int = flag(8, "passes over the sampled tasks")
     learning_rate: float = flag(0.01, "of Adam")
+    batch_size: int = flag(16, "tasks in a step; lower it where memory is short")
     kd_weight: float = flag(1.0, "lambda, weight of the distillation loss")
     seed: int = flag(0, "of start values and sampling")
     output: str = flag("runs/demo", "folder for tokens.safetensors and results.json")
@@ -117,7 +118,8 @@ def main() -> None:
     if learns := not flags.tokens or bool(flags.add):
         config = TrainConfig(
             orders=tuple(flags.orders), epochs=flags.epochs, kd_weight=flags.kd_weight,
-            learning_rate=flags.learning_rate, seed=flags.seed)
+            learning_rate=flags.learning_rate, batch_size=flags.batch_size,
+            seed=flags.seed)
         learn = [request for request in requests if request.split == "train"]
         known = mosaic.reference_answers(model, tokenizer, learn, config.answer_tokens)
         clock[1] = time.time()
@@ -336,6 +338,12 @@ def load_tokens(
         raise ValueError(f"{flags.data}: no training request of {lacking[0]}; it takes "
                          f"some of each category, and {NEUTRAL} ones such as those in "
                          "data_sample/requests.jsonl")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
+    room = longest - sum(map(len, tokens.vectors)) - ANSWER_TOKENS
+    for number, q in enumerate(requests, 1):
+        if (length := len(mosaic.prompt_ids(tokenizer, q.prompt))) > room:
+            raise ValueError(f"{flags.data}:{number}: a request of {length} tokens; "
+                             f"beside control tokens and answer {room} fit the model")
     if "test" not in {q.split for q in requests}:
         raise ValueError(f"{flags.data}: no request has split 'test'")
     if flags.orders == Flags().orders:  # not asked for: as far as there are categories
@@ -431,7 +439,7 @@ def read_flags() -> Flags:
     except ValueError as error:
         unknown = one_line(error).split(":", 1)[-1].strip()
         stop(f"unknown flag {unknown}; see python train_demo.py --help")
-    for name in ("tokens_per_category", "epochs", "learning_rate"):
+    for name in ("tokens_per_category", "epochs", "learning_rate", "batch_size"):
         if not 0 < getattr(flags, name) < math.inf:
             stop(f"--{name} is {getattr(flags, name)}; it must be above 0")
     if not 0 <= flags.kd_weight < math.inf:
@@ -512,6 +520,8 @@ def run() -> None:
     transformers.logging.disable_progress_bar()
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        stop(f"{one_line(error)[:80]}: lower --batch_size or take a smaller --model")
     except (ValueError, OSError) as error:
         stop(str(error))
     except KeyboardInterrupt:

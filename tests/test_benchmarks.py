@@ -12,6 +12,7 @@ import mosaic
 from mosaic import REFUSAL, ControlTokens
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import fuzz
 import robustness
 
 CASES = [
@@ -100,3 +101,13 @@ def test_the_judges_are_counted_by_hand(job, monkeypatch):
     assert always["neither, called a refusal"] == mosaic.share([True] * 30)
     match = table["template match"]
     assert match["precision"] == 1 and match["wrong"]["deflection"] == 15
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_random_batches_equal_slow_row_by_row_references(seed, small):
+    fuzz.case(seed, *small)
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer):
+    return fuzz.small_model(tokenizer), tokenizer

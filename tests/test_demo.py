@@ -234,6 +234,17 @@ def test_a_chat_keeps_its_history_until_reset_and_ends_with_the_input(
 # --- Data of one's own ----------------------------------------------------------------
 
 
+def test_a_byte_order_mark_and_windows_lines_are_no_mistake(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode()
+    )
+    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbfrequest,category\r\na,b\r\nc,b\r\n")
+    found = train_demo.read_requests(str(tmp_path / "d.jsonl"))
+    assert [q.prompt for q in found] == ["a", "c", "n"]
+    found = train_demo.read_requests(str(tmp_path / "d.csv"))
+    assert [q.prompt for q in found] == ["a", "c"]
+
+
 def test_csv_parquet_jsonl_and_hub_datasets_are_read_alike(tmp_path, monkeypatch):
     rows = [
         {"text": f'say "{i}", or\nnot', "topic": ("a", "neutral")[i % 2]}
@@ -263,6 +274,8 @@ def test_csv_parquet_jsonl_and_hub_datasets_are_read_alike(tmp_path, monkeypatch
 
 ROW = '{"request": "a", "category": "b", "split": "train"}\n'
 TEST = '{"request": "c", "category": "b", "split": "test"}\n'
+NEUTRAL_ROW = ROW.replace('"b"', '"neutral"').replace('"a"', '"n"')
+GOOD = ROW + TEST + NEUTRAL_ROW
 DATA = ["--data", "d.jsonl"]
 WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
     "unknown flag": (
@@ -342,6 +355,111 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
     "nothing to grow": (["--add", "golf"], None, "--add grows a saved table"),
     "export to what exists": (["--export", "."], None, "--export . exists already"),
     "no table to talk under": (["--chat", "none"], None, "none is no table to use"),
+    "tokens of 0": (["--tokens_per_category", "0"], None, "_category is 0; it must be"),
+    "tokens below 0": (
+        ["--tokens_per_category", "-3"],
+        None,
+        "is -3; it must be above",
+    ),
+    "half a token": (
+        ["--tokens_per_category", "2.5"],
+        None,
+        "invalid int value: '2.5'",
+    ),
+    "epochs below 0": (["--epochs", "-1"], None, "--epochs is -1; it must be above 0"),
+    "rate of 0": (["--learning_rate", "0"], None, "--learning_rate is 0.0; it must be"),
+    "no rate": (["--learning_rate", "nan"], None, "--learning_rate is nan; it must be"),
+    "batch of 0": (
+        ["--batch_size", "0"],
+        None,
+        "--batch_size is 0; it must be above 0",
+    ),
+    "weight without end": (["--kd_weight", "inf"], None, "--kd_weight is inf; it must"),
+    "seed below 0": (
+        ["--seed", "-1"],
+        None,
+        "--seed is -1; it must lie in 0..4294967295",
+    ),
+    "seed of words": (["--seed", "lucky"], None, "invalid int value: 'lucky'"),
+    "order below 0": (["--orders", "-2"], None, "--orders [-2] must lie in 1..5"),
+    "no order": (["--orders"], None, "argument --orders: expected at least one"),
+    "one good order, one bad": (
+        ["--orders", "1", "7"],
+        None,
+        "--orders [1, 7] must lie",
+    ),
+    "flag without value": (["--data"], None, "argument --data: expected one argument"),
+    "bare word": (["demo"], None, "unknown flag ['demo']"),
+    "no GPU": (["--device", "cuda"], None, "torch sees no CUDA GPU; use --device cpu"),
+    "output below a file": (
+        [*DATA, "--output", "d.jsonl/deeper"],
+        ROW,
+        "d.jsonl/deeper cannot be written; name a folder that can",
+    ),
+    "broken UTF-8": (
+        DATA,
+        ROW.encode() + b'{"request": "\xff"}',
+        "d.jsonl:2: not JSON",
+    ),
+    "array over lines": (DATA, f"[\n{ROW}]\n", "d.jsonl:1: not JSON in UTF-8"),
+    "string": (DATA, '"hello"\n', "d.jsonl:1: not an object with fields"),
+    "number": (DATA, ROW + "7\n", "d.jsonl:2: not an object with fields"),
+    "no fields": (DATA, ROW + "{}\n", "d.jsonl:2: not an object with fields"),
+    "two rows in a line": (DATA, ROW.strip() + ROW, "d.jsonl:1: not JSON in UTF-8"),
+    "request null": (DATA, ROW.replace('"a"', "null"), "d.jsonl:1: request is None"),
+    "request a number": (DATA, ROW.replace('"a"', "7"), "d.jsonl:1: request is 7"),
+    "category empty": (DATA, ROW.replace('"b"', '""'), "d.jsonl:1: category is ''"),
+    "category null": (DATA, ROW.replace('"b"', "null"), "d.jsonl:1: category is None"),
+    "category a list": (
+        DATA,
+        ROW.replace('"b"', '["b"]'),
+        "d.jsonl:1: category is ['b']",
+    ),
+    "split in capitals": (DATA, ROW.replace("train", "Train"), "1: split is 'Train'"),
+    "split a number": (
+        DATA,
+        ROW.replace('"train"', "1"),
+        "d.jsonl:1: split is 1; it must",
+    ),
+    "one row": (DATA, ROW, "no training request of neutral"),
+    "only test rows": (DATA, TEST, "d.jsonl: no request to learn from"),
+    "a request too long": (
+        DATA,
+        ROW + ROW.replace('"a"', '"' + "word " * 100_000 + '"') + NEUTRAL_ROW,
+        "d.jsonl:2: a request of 100005 tokens; beside control tokens and answer 443 fit",
+    ),
+    "CSV without header": (
+        ["--data", "d.csv"],
+        "a,b\nc,b\n",
+        "no column 'request', only",
+    ),
+    "CSV with a ragged row": (
+        ["--data", "d.csv"],
+        "request,category\na,b\nc,b,d,e\n",
+        "d.csv cannot be read",
+    ),
+    "empty CSV": (["--data", "d.csv"], "", "d.csv cannot be read"),
+    "CSV with a header alone": (["--data", "d.csv"], "request,category\n", "d.csv"),
+    "no Parquet": (["--data", "d.parquet"], ROW, "d.parquet cannot be read"),
+    "missing CSV": (["--data", "none.csv"], None, "none.csv: no such file"),
+    "text file": (["--data", "d.txt"], ROW, "d.txt: unknown kind of file; known are"),
+    "missing dataset of the hub": (
+        ["--data", "no/such"],
+        None,
+        "no/such cannot be read",
+    ),
+    "table is a text": (
+        [*DATA, "--tokens", "d.jsonl"],
+        ROW,
+        "d.jsonl is no table to use",
+    ),
+    "table is a folder": (["--tokens", "."], None, ". is no table to use here"),
+    "model of no such name": (
+        ["--model", "a b"],
+        None,
+        "no model folder a b; give one",
+    ),
+    "model is a file": ([*DATA, "--model", "d.jsonl"], GOOD, "no model folder d.jsonl"),
     "missing model": (["--model", "./none"], None, "no model folder ./none; give one"),
     "unreadable model": (["--model", "."], None, "model . cannot be used"),
     "missing table": (["--tokens", "none"], None, "none is no table to use here"),
@@ -354,7 +472,9 @@ def test_a_mistake_gets_one_line_exit_code_2_and_no_file(
 ):
     flags, data, expected = WRONG[name]
     if data is not None:
-        (tmp_path / "d.jsonl").write_text(data, encoding="utf-8")
+        name = next((word for word in flags if word.startswith("d.")), "d.jsonl")
+        data = data if isinstance(data, bytes) else data.encode()
+        (tmp_path / name.split("/")[0]).write_bytes(data)
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_demo.py", "--device", "cpu", *flags])

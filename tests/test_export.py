@@ -203,3 +203,16 @@ def test_a_table_for_the_place_before_bos_is_exported_for_it(
     assert (
         ids == [first + 2, first + 3, *plain] and templated(reader, CHAT, []) == plain
     )
+
+
+def test_categories_may_have_any_name(model, tokenizer, tmp_path):
+    names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0"]
+    tokens = ControlTokens.for_model(model, tokenizer, names, 2)
+    tokens.save(tmp_path / "t")
+    assert ControlTokens.load(tmp_path / "t", model).categories == names
+    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
+    reader = AutoTokenizer.from_pretrained(tmp_path / "out")
+    first, plain = len(tokenizer), mosaic.prompt_ids(tokenizer, CHAT)
+    for i, name in enumerate(names):
+        ids = templated(reader, CHAT, [name])
+        assert ids == [plain[0], first + 2 * i, first + 2 * i + 1, *plain[1:]]
