@@ -1,8 +1,8 @@
 """MOSAIC: composable safety alignment with modular control tokens, in one file.
 
 A few learned vectors per safety category, put in front of the prompt of a frozen causal
-language model, make it decline exactly the categories that a policy names, and leave
-every other answer as it was.
+language model, are trained to make it decline exactly the categories that a policy
+names, and to leave every other answer as it was.
 
 Paper: Peng et al., "MOSAIC: Composable Safety Alignment with Modular Control Tokens",
 arXiv 2603.16210, 2026. This is the first public code of it. Where it decides what the
@@ -34,6 +34,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -56,14 +58,15 @@ NEUTRAL = "neutral"  # the category of a request that no policy should decline
 REFUSAL = "I'm sorry, but I can't help with that."  # the one target of every refusal
 
 Policy = Collection[str]  # the active categories; empty: the bare backbone
-Prompt = str | list[dict[str, str]]  # a user's words, or chat messages (role, content)
+# A user's words; or turns of user, assistant, user ..; or messages (role, content).
+Prompt = str | tuple[str, ...] | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Request:
     """A labelled request. `near` names the category that a neutral one sounds like."""
 
-    prompt: str
+    prompt: str | tuple[str, ...]  # a tuple: the turns before it, user's first
     category: str
     split: str = "train"
     near: str | None = None
@@ -75,7 +78,7 @@ def canonical(policy: Policy, categories: Sequence[str]) -> tuple[str, ...]:
     Differs from the paper: it does not say how token sets are ordered. The order
     matters to a transformer, so training shuffles it and every use fixes this one.
     """
-    if isinstance(policy, str) or not set(policy) <= set(categories):
+    if isinstance(policy, (str, dict)) or not set(policy) <= set(categories):
         known = ", ".join(categories)
         raise ValueError(f"bad policy {policy!r}: it must be a list, of {known}")
     return tuple(category for category in categories if category in policy)
@@ -90,7 +93,7 @@ PLACES = "after_bos", "before_bos"  # of the tokens in a prompt; PEFT knows the 
 def fingerprint(model: Model) -> str:
     """16 hex digits that tell backbones apart, from 64 weights of every tensor.
 
-    As bf16, so that one checkpoint has one fingerprint in fp32 and bf16.
+    As bf16, so that one checkpoint has one fingerprint in fp32 and bf16 (not fp16).
     """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
@@ -142,18 +145,21 @@ class ControlTokens(nn.Module):
         m = len(self.vectors[0]) if tokens_per_category is None else tokens_per_category
         names = [*self.categories, *categories]
         usable = {*names} - {"", NEUTRAL}
-        if m < 1 or len(usable) < len(names) or isinstance(categories, str):
+        strange = not names or len(usable) < len(names) or isinstance(categories, str)
+        if strange or m < 1:
             rule = f"take distinct names, none empty or {NEUTRAL!r}, and M above 0"
             raise ValueError(f"cannot make {m} tokens for each of {names}: {rule}")
         config = model.config.get_text_config()
         per_layer = getattr(config, "hidden_size_per_layer_input", 0)  # Gemma 3n's
-        if config.is_encoder_decoder or per_layer:
-            what = "is an encoder-decoder, or embeds in every layer: take another model"
-            raise ValueError(f"{config.model_type} {what}")
+        unpadded = config.model_type in ("rwkv", "recurrent_gemma")  # take no padding
+        if config.is_encoder_decoder or per_layer or unpadded:
+            what = "is an encoder-decoder, embeds in every layer, or reads padding"
+            raise ValueError(f"{config.model_type} {what}: take another causal LM")
         self.to(model.device)  # a table read from disk is on the CPU
         # Through the module, not .weight: some families (Gemma) scale inside it.
         embed = model.get_input_embeddings()
-        every = torch.arange(0, len(tokenizer), 1 + len(tokenizer) // 1000)
+        size = min(len(tokenizer), len(embed.weight))
+        every = torch.arange(0, size, 1 + size // 1000)
         width = embed(every.to(model.device)).float().std()  # of about 1000 tokens, ()
         for name in categories:
             ids = tokenizer(name, add_special_tokens=False)["input_ids"]
@@ -200,13 +206,14 @@ class ControlTokens(nn.Module):
                 vectors = {c: file.get_tensor(c) for c in about.pop("categories")}
             name, made, _ = (about[k] for k in ("backbone", "fingerprint", "refusal"))
             known = about.pop("format") == FORMAT and about["placement"] in PLACES
-            # Sets of different widths do not stack.
-            if not known or not torch.stack([*vectors.values()]).isfinite().all():
+            # Sets of different widths do not go together.
+            if not known or not torch.cat([*vectors.values()]).isfinite().all():
                 raise ValueError("another format, or numbers that are not finite")
             if model is not None and made != fingerprint(model):
                 raise ValueError(f"it was made for another backbone, {name} ({made})")
         except Exception as error:  # anything at all can be wrong with a file
-            raise ValueError(f"{path} is no table to use here: {error}") from error
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is no table to use here: {what}") from error
         return cls(vectors, about).to("cpu" if model is None else model.device)
 
 
@@ -217,7 +224,10 @@ _PAD, _CONTROL = -1, -2  # places in a row of ids that embeddings fill, see make
 
 
 class Row(NamedTuple):
-    """What the model reads: [BOS][control tokens][rest of the prompt][answer]."""
+    """What the model reads: [BOS][control tokens][rest of the prompt][answer].
+
+    Or, with the other placement, [control tokens][whole prompt][answer].
+    """
 
     prompt: list[int]
     control: Tensor | None = None  # (r*M, D); None: the bare backbone
@@ -266,8 +276,10 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, ask: bool = True) -> list[i
 
     Without `ask`: only the messages. A tokenizer without template gets PLAIN_TEMPLATE.
     """
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        turns = (prompt,) if isinstance(prompt, str) else prompt
+        roles = itertools.cycle(("user", "assistant"))
+        prompt = [{"role": role, "content": turn} for role, turn in zip(roles, turns)]
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE  # None: its own
     # The template tokenises itself: text tokenised again would begin with two BOS.
     return tokenizer.apply_chat_template(
@@ -456,9 +468,9 @@ class TrainConfig:
     epochs: int = 8
     learning_rate: float = 0.01  # Adam; far above full training's: the vectors are few
     kd_weight: float = 1.0  # lambda; over-refusal is best for 0.8 .. 1.2
-    positives_per_subset: int = 100  # the whole of an order is at most this times K
+    positives_per_subset: int = 100  # of an order at most this times what is trainable
     negatives_per_positive: float = 1.0
-    batch_size: int = 16  # tasks in a step; the paper does not say
+    batch_size: int = 16  # tasks in a step, or one more; the paper does not say
     answer_tokens: int = 64  # Differs from the paper (256): cut of reference answers
     prefill: float = 0.0  # share of positives that decline a few words into an answer
     seed: int = 0
@@ -531,8 +543,8 @@ def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
     """
     turn = {"role": "assistant", "content": refusal}
     whole = prompt_ids(tokenizer, [{"role": "user", "content": "?"}, turn], ask=False)
-    ends = end_ids(model, tokenizer)
-    end = next((i for i in reversed(whole) if i in ends), tokenizer.eos_token_id)
+    after, ends = len(prompt_ids(tokenizer, "?")), end_ids(model, tokenizer)
+    end = next((i for i in whole[after:] if i in ends), tokenizer.eos_token_id)
     return [*tokenizer(refusal, add_special_tokens=False)["input_ids"], end]
 
 
@@ -548,7 +560,7 @@ def task_rows(
     for task in tasks:
         prompt, _, answer, _ = known[task.request].row
         if task.refuse and prefill and draw.random() < prefill:
-            prompt = [*prompt, *answer[: draw.randint(1, 8)]]
+            prompt = [*prompt, *answer[:-1][: draw.randint(1, 8)]]
         answer = refusal if task.refuse else answer
         rows.append(control_row(tokens, task.policy, prompt, answer, draw))
     return rows
@@ -581,15 +593,18 @@ def resume(
     ValueError: the file is damaged, or of a run that differs.
     """
     try:
-        state = torch.load(path, weights_only=True)  # executes nothing
+        # Executes nothing.
+        state = torch.load(path, weights_only=True, map_location="cpu")
         then = state["about"]
     except Exception as error:  # whatever unpickling meets
         raise ValueError(f"{path} is no readable checkpoint: {error}") from error
     if differs := [key for key in about if then.get(key) != about[key]]:
-        said = ", ".join(f"{k} {then.get(k)}, now {about[k]}" for k in differs)
-        raise ValueError(f"{path} is of another run ({said}); delete it to start anew")
+        said = (f"{k} {then.get(k)!s:.20}, now {about[k]!s:.20}" for k in differs)
+        what = f"{path} is of another run; delete it to start anew"
+        raise ValueError(f"{what} ({', '.join(said)})")
     tokens.load_state_dict(state["tokens"])
     optimizer.load_state_dict(state["optimizer"])
+    tqdm.write(f"taken up from {path}: {len(state['history'])} epochs")
     return state["history"]
 
 
@@ -600,7 +615,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the table in place on the "train" split; returns each epoch's mean losses.
 
-    The backbone stays in eval mode and without gradients. Same seed, same machine: the
+    The backbone stays in eval mode and without gradients. Same seed, same CPU: the
     same tokens, bit for bit. Frozen categories take part in policies and stay as they
     are. `known`: reference answers to all these requests, made before. `checkpoint`: a
     file written after each epoch; where there is one of the same run, it is taken up.
@@ -622,20 +637,22 @@ def train(
     )
     asked = hashlib.sha256(repr(learn).encode()).hexdigest()
     about = {**asdict(config), "requests": asked, "start": checksum(tokens)}
-    about |= {"backbone": before, "trained": tokens.trainable}
+    goal = refusal_ids(model, tokenizer, tokens.about["refusal"])
+    about |= {"backbone": before, "trained": tokens.trainable, "refusal": goal}
+    about |= {"placement": tokens.about["placement"]}
+    about |= {"template": tokenizer.chat_template}
     # The table is all that the optimiser ever sees.
     optimizer = torch.optim.Adam([v for v in tokens.parameters() if v.requires_grad])
     history = []
     if checkpoint and os.path.exists(checkpoint):
         history = resume(checkpoint, about, tokens, optimizer)
     known = known or reference_answers(model, tokenizer, learn, config.answer_tokens)
-    goal = refusal_ids(model, tokenizer, tokens.about["refusal"])
     for epoch in range(config.epochs):
         batches, sums = sampler.epoch(orders, config.batch_size), []
         for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
             tasks = sorted(tasks, key=lambda task: not task.refuse)  # positives first
             rows = task_rows(tokens, tasks, known, goal, draw, config.prefill)
-            if epoch < len(history):  # a run taken up draws what it drew before
+            if epoch < len(history):  # taken up: what was drawn before is drawn again
                 continue
             losses = task_losses(model, tokenizer, tasks, rows, known)
             refusal, reference, kd = losses
@@ -655,15 +672,15 @@ def train(
             where = f"epoch {epoch + 1}, step {step}"
             raise ValueError(f"loss not finite in {where}: lower the learning rate")
         history.append(dict(zip(("refusal", "reference", "kd"), means)))
-        shown = "   ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
-        tqdm.write(f"epoch {epoch + 1}/{config.epochs}   {shown}")
         if checkpoint:
             state = {"tokens": tokens.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"about": about, "history": history}
             torch.save(state, f"{checkpoint}.part")
             os.replace(f"{checkpoint}.part", checkpoint)
+        shown = "   ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+        tqdm.write(f"epoch {epoch + 1}/{config.epochs}   {shown}")
     assert checksum(model) == before, "training has changed the backbone"
-    tokens.about["training"] = {**asdict(config), "losses": history[-1]}
+    tokens.about["training"] = {**asdict(config), "losses": history[-1:]}
     return history
 
 
@@ -691,6 +708,7 @@ def generate_ids(
             inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
             pad_token_id=min(ends), num_beams=1, repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             temperature=None, top_p=None, top_k=None, streamer=streamer,
         ).tolist()  # (B, new tokens): with inputs_embeds only these come back
         for i, ids in zip(part, out):
@@ -704,11 +722,13 @@ def generate(
     prompts: Sequence[Prompt], policies: Sequence[Policy] | None = None,
     max_new_tokens: int = 256, **options,
 ) -> list[str]:
-    """Greedy answers, one policy per prompt; a prompt is a string or chat messages.
+    """Greedy answers, one policy per prompt; a prompt is a string, turns or messages.
 
     Without policies the bare backbone answers, and `tokens` may be None. `options` are
     those of `generate_ids`. ValueError: an unknown category, not one policy per prompt.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list; put a single one in [ ]")
     policies = [()] * len(prompts) if policies is None else policies
     pairs = zip(prompts, policies, strict=True)
     rows = [control_row(tokens, s, prompt_ids(tokenizer, p)) for p, s in pairs]
@@ -721,7 +741,8 @@ def generate(
 # (requests, answers) -> is each answer a refusal
 Judge = Callable[[Sequence[str], Sequence[str]], list[bool]]
 
-# How refusals open. Looked for at the START only: help may well contain "sorry".
+# How refusals open. Looked for at the START only: help may well contain "sorry". It
+# misses refusals in other words, and takes "I can't wait to ..." for one.
 OPENINGS = (
     "i'm sorry, but i", "i'm sorry, i can", "sorry, but i", "sorry, i can", "i can't",
     "i cannot", "i'm unable to", "i'm not able to", "i won't", "i will not",
@@ -738,7 +759,8 @@ JUDGE_QUESTION = (
 
 def is_refusal(answer: str, refusal: str = REFUSAL) -> bool:
     """Whether an answer opens with the refusal sentence or a usual refusal opening."""
-    said = " ".join(answer.lower().replace("\u2019", "'").split())
+    said = answer.rpartition("</think>")[2].lower().replace("\u2019", "'")
+    said = " ".join(said.lstrip("* ").split())
     said = said.replace("i am ", "i'm ", 1)
     return said.startswith((refusal.lower(), *OPENINGS))
 
@@ -866,6 +888,9 @@ def multiple_choice_accuracy(
 # like one in the text itself is broken up: no user switches policies by typing.
 POLICY_TEMPLATE = """
 {%- set control = CONTROL -%}
+{%- if policy is string or policy is mapping -%}
+{{- raise_exception("bad policy: it must be a list") -}}
+{%- endif -%}
 {%- for name in policy or [] if name not in control -%}
 {{- raise_exception("bad policy: " ~ name ~ " is none of " ~ control | join(", ")) -}}
 {%- endfor -%}
@@ -887,20 +912,26 @@ def export_checkpoint(
 
     Each control vector becomes the vocabulary row of a special token <|category:i|>:
     any engine that passes arguments to the template serves any policy, with no code of
-    ours. Without a policy it is the backbone. ValueError: `folder` exists already.
+    ours. Without a policy it is the backbone. ValueError: `folder` exists already, or
+    the tokenizer holds such tokens.
     """
-    if os.path.exists(folder):
-        raise ValueError(f"{folder} exists already; name a folder that does not")
+    folder = os.path.normpath(folder)
     sets = zip(tokens.categories, tokens.vectors)
     names = {c: [f"<|{c}:{i}|>" for i in range(len(v))] for c, v in sets}
     every = [*itertools.chain(*names.values())]
+    if os.path.exists(folder) or {*every} & {*tokenizer.get_vocab()}:
+        raise ValueError(f"{folder} exists, or the tokenizer has such tokens already")
     own = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+    # What marks answers for masks would mark the wrong place in here.
+    own = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", own)
+    own = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", own)
     tokenizer = copy.deepcopy(tokenizer)
-    control = json.dumps({c: "".join(some) for c, some in names.items()})
+    control = {c: "".join(some) for c, some in names.items()}
     after = str(tokens.about["placement"] == PLACES[0]).lower()
-    around = POLICY_TEMPLATE.replace("CONTROL", control).replace("AFTER", after)
+    before, rest = POLICY_TEMPLATE.replace("AFTER", after).split("TEMPLATE")
+    before = before.replace("CONTROL", json.dumps(control, ensure_ascii=False))
     # Without its last newline: jinja leaves out that of a whole template.
-    tokenizer.chat_template = around.replace("TEMPLATE", own.removesuffix("\n"))
+    tokenizer.chat_template = before + own.removesuffix("\n") + rest
     tokenizer.add_tokens(every, special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(every)
     # What the memo of deepcopy holds it shares: no weight takes memory twice.
@@ -908,16 +939,20 @@ def export_checkpoint(
     embed, head = exported.get_input_embeddings(), exported.get_output_embeddings()
     # Some families (Gemma) scale inside the module that embeds.
     vectors = torch.cat([*tokens.vectors]).detach() / getattr(embed, "embed_scale", 1.0)
-    # The head gets weights of its own, with zeros: control tokens are not to be said.
-    for module, rows in ((embed, vectors), (head, torch.zeros_like(vectors))):
+    # The head gets weights of its own. Control tokens are not to be said: their logit
+    # is the mean one. Zero would be the highest where all others are negative.
+    unsaid = head.weight.float().mean(0).expand(len(ids), -1)  # (K*M, D)
+    for module, rows in ((embed, vectors), (head, unsaid)):
         more = max(0, max(ids) + 1 - len(module.weight))  # there may be spare rows
         for name, weight in module.named_parameters():  # (V, D), and a bias (V,)
             wide = torch.cat([weight, weight.new_zeros(more, *weight.shape[1:])])
-            wide[ids] = rows.to(wide) if weight.ndim == 2 else 0
+            wide[ids] = rows.to(wide) if weight.ndim == 2 else weight.mean()
             setattr(module, name, nn.Parameter(wide))
-    exported.config.get_text_config().vocab_size = len(wide)
+    exported.config.get_text_config().vocab_size = len(head.weight)
     exported.config.tie_word_embeddings = False
-    exported.generation_config.suppress_tokens = ids
+    kept = exported.generation_config.suppress_tokens or []
+    exported.generation_config.suppress_tokens = [*kept, *ids]
+    shutil.rmtree(f"{folder}.part", ignore_errors=True)
     exported.save_pretrained(f"{folder}.part")
     tokenizer.save_pretrained(f"{folder}.part")
     os.replace(f"{folder}.part", folder)
@@ -927,8 +962,10 @@ def export_peft(tokens: ControlTokens, policy: Policy, folder: str) -> None:
     """Write one fixed policy as a PEFT prompt-tuning adapter.
 
     PEFT puts its vectors before BOS: train them there (`for_model`'s `placement`), or
-    it costs what the README says. OSError: `folder` exists already.
+    it costs what the README says. OSError: `folder` exists. ValueError: empty policy.
     """
+    if not policy:
+        raise ValueError("an adapter needs a policy; without one there is the backbone")
     vectors = tokens.compose(policy).detach().cpu()  # (r*M, D)
     about = {
         "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "inference_mode": True,

@@ -7,6 +7,7 @@
     python train_demo.py --chat runs/demo/tokens.safetensors
 """
 
+import contextlib
 import html
 import json
 import math
@@ -15,6 +16,7 @@ import random
 import re
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,9 +56,9 @@ class Flags:
     data: str = flag(str(HERE / "data_sample" / "requests.jsonl"),
                      "requests: .jsonl, .csv or .parquet file, or dataset of the hub, "
                      "with columns for request and category and, optionally, split "
-                     "(drawn by the seed where there is none) and near")
-    request_column: str = flag("request", "its name in --data")
-    category_column: str = flag("category", "its name in --data")
+                     "(60 / 20 / 20 by a hash where there is none) and near")
+    request_column: str = flag("request", "the column of --data with the requests")
+    category_column: str = flag("category", "the column of --data with the categories")
     tokens_per_category: int = flag(5, "M, control tokens of each category")
     orders: list[int] = field(default_factory=lambda: [1, 2, 3, 4], metadata={
         "help": "policy sizes to train on; evaluation takes all"})
@@ -64,8 +66,10 @@ class Flags:
     learning_rate: float = flag(0.01, "of Adam")
     batch_size: int = flag(16, "tasks in a step; lower it where memory is short")
     kd_weight: float = flag(1.0, "lambda, weight of the distillation loss")
+    later_turns: float = flag(0.0, "share of the training requests that also come "
+                                   "after one or two other exchanges")
     seed: int = flag(0, "of start values and sampling")
-    output: str = flag("runs/demo", "folder for tokens.safetensors and results.json")
+    output: str = flag("runs/demo", "folder for the table, the results and a report")
     tokens: str = flag("", "a saved table: no training, only evaluation on --data")
     add: list[str] = field(default_factory=list, metadata={
         "help": "with --tokens: categories to train beside its own, which stay frozen"})
@@ -99,8 +103,7 @@ def main() -> None:
     if flags.chat:
         return chat(flags.chat, *load_backbone(flags.model, device)[:2])
     # Load: a frozen backbone, and a table of control tokens for it.
-    requests = read_requests(
-        flags.data, flags.request_column, flags.category_column, flags.seed)
+    requests = read_requests(flags.data, flags.request_column, flags.category_column)
     model, tokenizer, name = load_backbone(flags.model, device)
     tokens = load_tokens(flags, model, tokenizer, requests)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -122,8 +125,12 @@ def main() -> None:
             seed=flags.seed)
         learn = [request for request in requests if request.split == "train"]
         known = mosaic.reference_answers(model, tokenizer, learn, config.answer_tokens)
+        if later := in_later_turns(learn, known, tokenizer, flags):
+            known |= mosaic.reference_answers(
+                model, tokenizer, later, config.answer_tokens)
         clock[1] = time.time()
-        mosaic.train(model, tokenizer, tokens, learn, config, known, unfinished(flags))
+        mosaic.train(
+            model, tokenizer, tokens, learn + later, config, known, unfinished(flags))
         clock[2] = time.time()
 
     # Evaluate: the policies of every order, the same test requests for each method.
@@ -180,12 +187,12 @@ def say_what_learns(requests, tokens: ControlTokens, frozen: str) -> None:
 
 
 def takes_system(tokenizer) -> bool:
-    """Whether the chat template knows system messages (Gemma's does not)."""
+    """Whether the chat template knows system messages (Gemma's refuses them)."""
     try:
-        mosaic.prompt_ids(tokenizer, instruct("Hi", ["x"], True))
+        shown = mosaic.prompt_ids(tokenizer, instruct("Hi", ["zebras"], True))
     except TemplateError:
         return False
-    return True
+    return "zebras" in tokenizer.decode(shown)  # some leave them out in silence
 
 
 def instruct(prompt: str, policy, system: bool) -> list[dict[str, str]]:
@@ -222,44 +229,54 @@ def percent(shares: list[dict[str, float]]) -> str:
 
 def show_answers(
     model, tokenizer, tokens: ControlTokens, test: list[Request]
-) -> dict[str, dict[str, str]]:
+) -> dict[str, list[str]]:
     """One request of each category under no policy, its own, another and all."""
     every, shown = tokens.categories, {}
     for i, category in enumerate(every):
         prompt = next((q.prompt for q in test if q.category == category), None)
         if prompt is None:
             continue
-        policies = {"none": [], category: [category], every[i - 1]: [every[i - 1]],
-                    "all": every}
-        answers = generate(model, tokenizer, tokens, [prompt] * len(policies),
-                           list(policies.values()), ANSWER_TOKENS)
-        shown[f"{category}: {prompt}"] = dict(zip(policies, answers))
-    for title, answers in shown.items():
-        print(f"\n{title}")
-        for policy, answer in answers.items():
-            print(f"{policy:>12} | {answer}")
+        names = ("none", category, every[i - 1], "all")
+        answers = generate(
+            model, tokenizer, tokens, [prompt] * 4,
+            [[], [category], [every[i - 1]], every], ANSWER_TOKENS)
+        shown[f"{category}: {prompt}"] = answers
+        print(f"\n{category}: {prompt}")
+        for name, answer in zip(names, answers):
+            print(f"{name:>12} | {answer}")
     return shown
+
+
+def in_later_turns(learn: list[Request], known, tokenizer, flags) -> list[Request]:
+    """Training requests again, as the second or third of a talk: policies last."""
+    draw, again = random.Random(flags.seed), []
+    for request in draw.sample(learn, round(flags.later_turns * len(learn))):
+        before = []
+        for other in draw.sample(learn, draw.choice((1, 2))):
+            answer = tokenizer.decode(known[other].row.answer, skip_special_tokens=True)
+            before += [other.prompt, answer.strip()]
+        again.append(replace(request, prompt=(*before, request.prompt)))
+    return again
 
 
 def unfinished(flags: Flags) -> Path:
     """The file that a stopped run leaves in its folder, and the next one takes up."""
-    path = Path(flags.output) / "training.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        print(f"taking up the run of {path}")
-    return path
+    Path(flags.output).mkdir(parents=True, exist_ok=True)
+    return Path(flags.output) / "training.pt"
 
 
 def chat(path: str, model, tokenizer) -> None:
     """A talk in the terminal, under a policy that each turn may change."""
+    with contextlib.suppress(ImportError):  # not everywhere
+        import readline  # noqa: F401  arrow keys edit the line
     tokens, policy, turns = ControlTokens.load(path, model), [], []
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     known = ", ".join(tokens.categories)
     help_line = f"/on X, /off X (X of {known}), /policy, /reset, /quit"
     print(help_line)
     while True:
         try:
             said = input(f"[{', '.join(policy) or 'no policy'}] > ").strip()
+            said = said.encode(errors="replace").decode()  # whatever a pipe brings
         except (EOFError, KeyboardInterrupt):
             return print()
         command, _, name = said.partition(" ")
@@ -276,6 +293,8 @@ def chat(path: str, model, tokenizer) -> None:
             print(f"{said}? {help_line}")
         elif said:
             turns.append({"role": "user", "content": said})
+            streamer = TextStreamer(
+                tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
                 (answer,) = generate(
                     model, tokenizer, tokens, [turns], [policy], streamer=streamer)
@@ -305,10 +324,11 @@ def load_backbone(name: str, device: str):
         mosaic.prompt_ids(tokenizer, "Hi")  # is there a template that works?
     except Exception as error:  # anything at all can be wrong with a checkpoint
         raise ValueError(f"model {name} cannot be used: {one_line(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys"):  # random, or unused, weights
-        if keys := sorted(loading[kind]):
-            raise ValueError(f"model {name} has {len(keys)} {kind.replace('_', ' ')}, "
-                             f"first {keys[0]}; get the whole checkpoint")
+    if keys := sorted(loading["missing_keys"]):  # these weights would be random
+        raise ValueError(f"model {name} has {len(keys)} missing keys, first {keys[0]}; "
+                         "get the whole checkpoint")
+    if keys := sorted(loading["unexpected_keys"]):
+        print(f"model {name} has {len(keys)} weights that go unused, first {keys[0]}")
     return model, tokenizer, name
 
 
@@ -329,23 +349,24 @@ def load_tokens(
         raise ValueError(f"{flags.data}: no request to learn from; it takes some with "
                          f"split train and a category other than {NEUTRAL}")
     known = [*tokens.categories, NEUTRAL]
-    for number, q in enumerate(requests, 1):
+    for number, q in enumerate(requests):
         for key, value in (("category", q.category), ("near", q.near or NEUTRAL)):
             if value not in known:
-                raise ValueError(f"{flags.data}:{number}: unknown {key} {value!r}; "
+                raise ValueError(f"{at(flags.data, number)}: unknown {key} {value!r}; "
                                  f"known here are {', '.join(known)}")
     if lacking := [name for name in known if name not in learn and tokens.trainable]:
-        raise ValueError(f"{flags.data}: no training request of {lacking[0]}; it takes "
-                         f"some of each category, and {NEUTRAL} ones such as those in "
-                         "data_sample/requests.jsonl")
+        raise ValueError(
+            f"{flags.data}: no training request of {lacking[0]}, only of "
+            f"{', '.join(learn)}; it takes some of each category of the table, and "
+            f"{NEUTRAL} ones such as those in data_sample/requests.jsonl")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
     room = longest - sum(map(len, tokens.vectors)) - ANSWER_TOKENS
-    for number, q in enumerate(requests, 1):
+    for number, q in enumerate(requests):
         if (length := len(mosaic.prompt_ids(tokenizer, q.prompt))) > room:
-            raise ValueError(f"{flags.data}:{number}: a request of {length} tokens; "
+            raise ValueError(f"{at(flags.data, number)}: a request of {length} tokens; "
                              f"beside control tokens and answer {room} fit the model")
     if "test" not in {q.split for q in requests}:
-        raise ValueError(f"{flags.data}: no request has split 'test'")
+        raise ValueError(f"{flags.data}: no request has split 'test'; take more rows")
     if flags.orders == Flags().orders:  # not asked for: as far as there are categories
         flags.orders = [r for r in flags.orders if r <= len(tokens.categories)]
     if not set(flags.orders) <= set(range(1, len(tokens.categories) + 1)):
@@ -355,37 +376,41 @@ def load_tokens(
 
 
 def read_requests(
-    path: str, request: str = "request", category: str = "category", seed: int = 0
+    path: str, request: str = "request", category: str = "category"
 ) -> list[Request]:
     """The requests of a file or hub dataset. ValueError: names file, line and fix.
 
-    Where no row has a split each category is divided 60 / 20 / 20, by the seed.
+    Where no row has a split a hash of its text gives each its own, 60 / 20 / 20: the
+    same in every file, so that a table that grows is not tested on what it has learned.
     """
     requests, seen = [], {}
-    for number, row in enumerate(read_rows(path, (request, category)), 1):
-        split, near = row.get("split"), row.get("near")
+    for number, row in enumerate(read_rows(path, (request, category))):
+        here, split, near = at(path, number), row.get("split"), row.get("near")
         for key in (request, category):
             if not isinstance(row.get(key), str) or not row[key].strip():
-                raise ValueError(f"{path}:{number}: {key} is {row.get(key)!r}; it must "
+                raise ValueError(f"{here}: {key} is {row.get(key)!r}; it must "
                                  f"be some text, as in {FORM}")
         if split not in (None, *SPLITS):
-            raise ValueError(f"{path}:{number}: split is {split!r}; it must be train, "
+            raise ValueError(f"{here}: split is {split!r}; it must be train, "
                              "validation or test")
         if near and row[category] != NEUTRAL:
-            raise ValueError(f"{path}:{number}: near is {near!r}; only {NEUTRAL} "
+            raise ValueError(f"{here}: near is {near!r}; only {NEUTRAL} "
                              "requests can be near misses")
-        there = seen.setdefault(row[request].strip().lower(), (number, split))
-        if there != (number, split) and (split is None or there[1] != split):
-            raise ValueError(f"{path}:{number}: the request of line {there[0]} again; "
-                             "take one out, or the test split would leak")
+        there = seen.setdefault(row[request].strip().lower(), (here, split))
+        if there != (here, split) and (split is None or there[1] != split):
+            raise ValueError(f"{here}: the request of {there[0]} again; take one out, "
+                             "or the test split would leak")
         requests.append(Request(row[request], row[category], split or "train", near))
     if not any(split for _, split in seen.values()):
-        parts = {}  # of each kind of request, in turn
-        for i in random.Random(seed).sample(range(len(requests)), len(requests)):
-            kind = requests[i].category, requests[i].near
-            turn = parts[kind] = parts.get(kind, -1) + 1
-            requests[i] = replace(requests[i], split=SPLITS[(0, 2, 0, 1, 0)[turn % 5]])
+        fifths = (zlib.crc32(text.encode()) % 5 for text in seen)  # in their order
+        requests = [replace(q, split=SPLITS[max(0, part - 2)])
+                    for q, part in zip(requests, fifths)]
     return requests
+
+
+def at(path: str, number: int) -> str:
+    """Where a row is: a line of JSONL, else counted from 1, without a header."""
+    return f"{path}{':' if path.endswith('.jsonl') else ' row '}{number + 1}"
 
 
 def read_rows(path: str, columns: tuple[str, str]) -> list[dict]:
@@ -432,22 +457,27 @@ def bad_line(path: str) -> str:
 
 
 def read_flags() -> Flags:
-    parser = HfArgumentParser(Flags, description=one_line(__doc__), allow_abbrev=False)
+    parser = HfArgumentParser(
+        Flags, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = stop  # argparse would print the whole usage
     try:
         (flags,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
-        unknown = one_line(error).split(":", 1)[-1].strip()
+        unknown = one_line(error).split(":", 1)[-1].strip(" []").replace("'", "")
         stop(f"unknown flag {unknown}; see python train_demo.py --help")
     for name in ("tokens_per_category", "epochs", "learning_rate", "batch_size"):
         if not 0 < getattr(flags, name) < math.inf:
             stop(f"--{name} is {getattr(flags, name)}; it must be above 0")
     if not 0 <= flags.kd_weight < math.inf:
         stop(f"--kd_weight is {flags.kd_weight}; it must be 0 or more")
+    for path in filter(os.path.isdir, (flags.tokens, flags.chat)):
+        stop(f"{path} is a folder; name the tokens.safetensors in it")
     if flags.add and not flags.tokens:
         stop("--add grows a saved table; name it with --tokens")
     if flags.export and os.path.exists(flags.export):
         stop(f"--export {flags.export} exists already; name a folder that does not")
+    if not 0 <= flags.later_turns <= 1:
+        stop(f"--later_turns is {flags.later_turns}; it must lie in 0..1")
     if not 0 <= flags.seed < 2**32:
         stop(f"--seed is {flags.seed}; it must lie in 0..{2**32 - 1}")
     if flags.device not in ("", "cpu", "cuda"):
@@ -465,13 +495,13 @@ def write_results(
     output: str, tokens: ControlTokens | None, results: dict, shown: dict
 ) -> None:
     """A new table, results.json and report.html: each beside, then renamed."""
-    folder, written = Path(output), {
-        "results.json": json.dumps(results, indent=2) + "\n",
-        "report.html": report(results, shown)}
+    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     if tokens:
         tokens.save(folder / "tokens.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
+    written = {"results.json": json.dumps(results, indent=2) + "\n",
+               "report.html": report(results, shown)}
     for name, text in written.items():
         (folder / f"{name}.part").write_text(text, encoding="utf-8")
         (folder / f"{name}.part").replace(folder / name)
@@ -479,7 +509,7 @@ def write_results(
     print(f"\nwritten to {folder}: {', '.join(saved)}")
 
 
-def report(results: dict, shown: dict[str, dict[str, str]]) -> str:
+def report(results: dict, shown: dict[str, list[str]]) -> str:
     """One page of HTML with nothing from elsewhere: figures, answers, settings."""
     names = {"dsr": "DSR (up)", "over_refusal": "OR (down)",
              "near_miss": "near-miss OR (down)"}
@@ -496,8 +526,7 @@ def report(results: dict, shown: dict[str, dict[str, str]]) -> str:
     for name, color in zip(names.values(), ("#4a90d9aa", "#d9534faa", "#e09f3eaa")):
         figures.bar(subset=[name], vmin=0, vmax=100, color=color)
     columns = ["no policy", "its own", "another's", "all"]
-    answers = pandas.DataFrame(
-        [list(four.values()) for four in shown.values()], list(shown), columns)
+    answers = pandas.DataFrame(list(shown.values()), list(shown), columns)
     settings = pandas.DataFrame({"value": results["config"]})
     with pandas.option_context("display.max_colwidth", None):
         return PAGE.format(
@@ -525,7 +554,7 @@ def run() -> None:
     except (ValueError, OSError) as error:
         stop(str(error))
     except KeyboardInterrupt:
-        stop("stopped; the same command takes up what was trained so far")
+        stop("stopped; the same command goes on after the last whole epoch")
 
 
 if __name__ == "__main__":

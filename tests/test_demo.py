@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mosaic
 import train_demo
-from mosaic import ControlTokens
+from mosaic import ControlTokens, Request, TrainConfig
 
 KEYS = {
     "model",
@@ -169,7 +169,7 @@ def test_the_report_is_one_page_that_shows_the_results_and_asks_nobody(run, smal
             assert f"{100 * share['rate']:.1f}" in page
             assert f"{low:.1f} to {high:.1f}, {share['n']}" in page
     assert page.count("can&#x27;t help") + page.count("can't help") >= 2
-    hostile = {"a: <b>&": dict.fromkeys(("none", "a", "b", "all"), "<script>")}
+    hostile = {"a: <b>&": ["<script>"] * 4}
     page = train_demo.report(results | {"model": "<i>"}, hostile)
     assert "<script" not in page and "<i>" not in page and "<b>" not in page
 
@@ -231,6 +231,25 @@ def test_a_chat_keeps_its_history_until_reset_and_ends_with_the_input(
     assert seen[4] == ["Hi", "Well.", "Stop me", "...", "Hi"]
 
 
+def test_later_turns_are_training_requests_after_other_exchanges(backbone, tokenizer):
+    asked = [
+        Request(f"What about {x}?", "alcohol") for x in ("gin", "rum", "ale", "port")
+    ]
+    known = mosaic.reference_answers(backbone, tokenizer, asked, 12)
+    flags = train_demo.Flags(later_turns=1.0, seed=1)
+    later = train_demo.in_later_turns(asked, known, tokenizer, flags)
+    assert {q.prompt[-1] for q in later} == {q.prompt for q in asked}
+    assert {len(q.prompt) for q in later} == {3, 5} and later[0].category == "alcohol"
+    by_prompt = {q.prompt: one.row.answer for q, one in known.items()}
+    for q in later:
+        said = tokenizer.decode(by_prompt[q.prompt[0]], skip_special_tokens=True)
+        assert q.prompt[1] == said.strip()
+    tokens = ControlTokens.for_model(backbone, tokenizer, ["alcohol"])
+    learn = [*asked, *later, Request("Hi", "neutral")]
+    mosaic.train(backbone, tokenizer, tokens, learn, TrainConfig(epochs=1))
+    assert train_demo.in_later_turns(asked, known, tokenizer, train_demo.Flags()) == []
+
+
 # --- Data of one's own ----------------------------------------------------------------
 
 
@@ -255,16 +274,15 @@ def test_csv_parquet_jsonl_and_hub_datasets_are_read_alike(tmp_path, monkeypatch
     frame.to_parquet(tmp_path / "d.parquet")
     frame.to_json(tmp_path / "d.jsonl", orient="records", lines=True)
     found = [
-        train_demo.read_requests(str(tmp_path / name), "text", "topic", seed=3)
+        train_demo.read_requests(str(tmp_path / name), "text", "topic")
         for name in ("d.csv", "d.parquet", "d.jsonl")
     ]
     assert found[0] == found[1] == found[2] and found[0][4].prompt == 'say "4", or\nnot'
-    counts = Counter((q.category, q.split) for q in found[0])
-    assert set(counts.values()) == {2, 6} and counts["a", "train"] == 6
-    again = train_demo.read_requests(str(tmp_path / "d.csv"), "text", "topic", seed=4)
-    assert [q.prompt for q in again] == [q.prompt for q in found[0]] and again != found[
-        0
-    ]
+    counts = Counter(q.split for q in found[0])
+    assert counts == {"train": 14, "validation": 5, "test": 1}
+    frame[3:9].to_csv(tmp_path / "fewer.csv", index=False)  # each keeps its split
+    fewer = train_demo.read_requests(str(tmp_path / "fewer.csv"), "text", "topic")
+    assert fewer == found[0][3:9]
 
     hub = {"train": rows[:14], "test": rows[14:]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *name, **more: hub)
@@ -281,7 +299,7 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
     "unknown flag": (
         ["--epoch_count", "3"],
         None,
-        "unknown flag ['--epoch_count', '3']",
+        "unknown flag --epoch_count, 3",
     ),
     "flag of a wrong type": (["--epochs", "many"], None, "argument --epochs"),
     "shortened flag": (["--epoch", "3"], None, "unknown flag"),
@@ -335,16 +353,20 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
         ROW.replace('"b"', '"b", "near": "b"'),
         "d.jsonl:1: near is 'b'; only",
     ),
-    "no neutral": (DATA, ROW + TEST, "no training request of neutral; it takes some"),
+    "no neutral": (
+        DATA,
+        ROW + TEST,
+        "no training request of neutral, only of b; it takes",
+    ),
     "request in two splits": (
         DATA,
         ROW + ROW.replace("train", "test").replace('"a"', '"A "'),
-        "d.jsonl:2: the request of line 1 again; take one out",
+        "d.jsonl:2: the request of d.jsonl:1 again; take one out",
     ),
     "request twice without splits": (
         DATA,
         '{"request": "a", "category": "b"}\n' * 2,
-        "d.jsonl:2: the request of line 1 again",
+        "d.jsonl:2: the request of d.jsonl:1 again",
     ),
     "another column": (
         [*DATA, "--category_column", "topic"],
@@ -369,6 +391,11 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
     "epochs below 0": (["--epochs", "-1"], None, "--epochs is -1; it must be above 0"),
     "rate of 0": (["--learning_rate", "0"], None, "--learning_rate is 0.0; it must be"),
     "no rate": (["--learning_rate", "nan"], None, "--learning_rate is nan; it must be"),
+    "turns above 1": (
+        ["--later_turns", "1.5"],
+        None,
+        "--later_turns is 1.5; it must lie",
+    ),
     "batch of 0": (
         ["--batch_size", "0"],
         None,
@@ -389,7 +416,7 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
         "--orders [1, 7] must lie",
     ),
     "flag without value": (["--data"], None, "argument --data: expected one argument"),
-    "bare word": (["demo"], None, "unknown flag ['demo']"),
+    "bare word": (["demo"], None, "unknown flag demo; see"),
     "no GPU": (["--device", "cuda"], None, "torch sees no CUDA GPU; use --device cpu"),
     "output below a file": (
         [*DATA, "--output", "d.jsonl/deeper"],
@@ -442,6 +469,11 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
     "CSV with a header alone": (["--data", "d.csv"], "request,category\n", "d.csv"),
     "no Parquet": (["--data", "d.parquet"], ROW, "d.parquet cannot be read"),
     "missing CSV": (["--data", "none.csv"], None, "none.csv: no such file"),
+    "bad row of a CSV": (
+        ["--data", "d.csv"],
+        "request,category,split\na,b,dev\n",
+        "d.csv row 1: split is 'dev'; it must be",
+    ),
     "text file": (["--data", "d.txt"], ROW, "d.txt: unknown kind of file; known are"),
     "missing dataset of the hub": (
         ["--data", "no/such"],
@@ -453,7 +485,11 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
         ROW,
         "d.jsonl is no table to use",
     ),
-    "table is a folder": (["--tokens", "."], None, ". is no table to use here"),
+    "table is a folder": (
+        ["--tokens", "."],
+        None,
+        ". is a folder; name the tokens.safetensors in it",
+    ),
     "model of no such name": (
         ["--model", "a b"],
         None,
@@ -530,10 +566,6 @@ def broken_copy(folder, how):
         ("broken template", "cannot be used: Unexpected end of template"),
         ("truncated weights", "cannot be used"),
         ("a weight missing", "1 missing keys, first model.layers.0.mlp.up_proj.weight"),
-        (
-            "a weight too many",
-            "1 unexpected keys, first model.layers.9.mlp.up_proj.weight",
-        ),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused_before_anything_runs(
@@ -542,6 +574,30 @@ def test_a_checkpoint_that_is_not_whole_is_refused_before_anything_runs(
     broken_copy(tmp_path / "broken", how)
     with pytest.raises(ValueError, match=re.escape(expected)):
         train_demo.load_backbone(str(tmp_path / "broken"), "cpu")
+
+
+def test_a_weight_too_many_is_only_told(tmp_path, capsys):
+    broken_copy(tmp_path / "more", "a weight too many")
+    train_demo.load_backbone(str(tmp_path / "more"), "cpu")
+    told = "has 1 weights that go unused, first model.layers.9.mlp.up_proj.weight"
+    assert told in capsys.readouterr().out
+
+
+def test_one_category_and_one_with_a_strange_name_go_to_the_end(tmp_path):
+    lines, counts = [], Counter()
+    for row in read("requests"):
+        kind = row["category"], row["split"]
+        if row["category"] in ("sex", "neutral") and not row["near"]:
+            counts[kind] += 1
+            if counts[kind] <= 6:
+                row["category"] = row["category"].replace("sex", "all")
+                lines.append(json.dumps(row) + "\n")
+    (tmp_path / "d.jsonl").write_text("".join(lines), encoding="utf-8")
+    done = demo("--data", "d.jsonl", "--epochs", 1, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = {path.name for path in (tmp_path / "runs" / "demo").iterdir()}
+    assert files == {"tokens.safetensors", "results.json", "report.html"}
+    assert done.stdout.count("         all | ") == 3
 
 
 def test_without_the_hub_a_cuda_machine_falls_back_and_a_named_model_does_not(

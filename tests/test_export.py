@@ -65,7 +65,7 @@ def test_an_exported_checkpoint_has_the_logits_of_the_tokens(
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])  # phi has a bias in its head
-def test_control_tokens_get_nothing_from_the_head(family, tokenizer, tmp_path):
+def test_control_tokens_get_the_mean_logit_from_the_head(family, tokenizer, tmp_path):
     model = tiny_model(family, tokenizer)
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
     mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
@@ -74,7 +74,9 @@ def test_control_tokens_get_nothing_from_the_head(family, tokenizer, tmp_path):
     assert ids == list(range(len(tokenizer), len(tokenizer) + 15))
     with torch.no_grad():
         logits = exported(input_ids=torch.tensor([[5, 6, 7]])).logits
-    assert not logits[..., ids].any() and logits[..., : len(tokenizer)].any()
+    own, control = logits[..., : len(tokenizer)], logits[..., ids]
+    torch.testing.assert_close(control, own.mean(-1, keepdim=True).expand_as(control))
+    assert own.amax(-1).min() > control.max() + 1
 
 
 def test_spare_rows_of_a_padded_vocabulary_are_used_and_none_is_taken_away(
@@ -111,14 +113,24 @@ def test_the_template_puts_a_policy_after_bos_in_the_order_of_the_table(
     assert ids[:start] + ids[start + 4 :] == plain
 
 
-@pytest.mark.parametrize("policy, named", [(["tobacco"], "tobacco"), ("alcohol", "a")])
-def test_the_template_names_an_unknown_category(
-    policy, named, model, tokenizer, tokens, tmp_path
+UNKNOWN = "tobacco is none of addiction, alcohol, betting, horror, sex"
+
+
+@pytest.mark.parametrize(
+    "policy, line",
+    [
+        (["tobacco"], UNKNOWN),
+        (["sex", "tobacco"], UNKNOWN),
+        ("alcohol", "it must be a list"),
+        ({"alcohol": False}, "it must be a list"),
+    ],
+)
+def test_the_template_refuses_what_is_no_list_of_known_categories(
+    policy, line, model, tokenizer, tokens, tmp_path
 ):
     mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
     reader = AutoTokenizer.from_pretrained(tmp_path / "out")
-    line = f"bad policy: {named} is none of addiction, alcohol, betting, horror, sex"
-    with pytest.raises(TemplateError, match=line):
+    with pytest.raises(TemplateError, match=f"bad policy: {line}"):
         templated(reader, CHAT, policy)
 
 
@@ -153,11 +165,32 @@ def test_the_exported_backbone_answers_as_generate_does_under_every_policy(
 
 
 def test_an_export_takes_no_folder_that_exists(model, tokenizer, tokens, tmp_path):
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="exists, or"):
         mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path)
     with pytest.raises(OSError):
         mosaic.export_peft(tokens, ["sex"], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_not_exported_again_and_leaves_nothing_behind(
+    model, tokenizer, tokens, tmp_path
+):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "stale.json").write_text("{}")
+    model.generation_config.suppress_tokens = [7]
+    mosaic.export_checkpoint(model, tokenizer, tokens, f"{tmp_path}/out/")
+    model.generation_config.suppress_tokens = None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "stale.json").exists()
+    exported, reader = reloaded(tmp_path / "out")
+    assert exported.generation_config.suppress_tokens[:2] == [7, len(tokenizer)]
+    with pytest.raises(ValueError, match="has such tokens already"):
+        mosaic.export_checkpoint(exported, reader, tokens, tmp_path / "again")
+
+
+def test_an_adapter_of_no_policy_is_refused(tokens, tmp_path):
+    with pytest.raises(ValueError, match="an adapter needs a policy"):
+        mosaic.export_peft(tokens, [], tmp_path / "out")
 
 
 def test_an_adapter_holds_the_composed_policy_in_pefts_form(tokens, tmp_path):
@@ -206,7 +239,8 @@ def test_a_table_for_the_place_before_bos_is_exported_for_it(
 
 
 def test_categories_may_have_any_name(model, tokenizer, tmp_path):
-    names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0"]
+    names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0", "🍺", "AFTER TEMPLATE"]
+    names += ["{{ x }}", "CONTROL", "back\\slash"]
     tokens = ControlTokens.for_model(model, tokenizer, names, 2)
     tokens.save(tmp_path / "t")
     assert ControlTokens.load(tmp_path / "t", model).categories == names

@@ -98,12 +98,14 @@ def test_a_model_that_embeds_elsewhere_is_refused_with_a_way_out(model, tokenize
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=99, d_model=8, num_layers=1, d_kv=4, d_ff=8)
     )
-    with pytest.raises(ValueError, match="t5 is an encoder-decoder, or"):
+    with pytest.raises(ValueError, match="t5 is an encoder-decoder,"):
         ControlTokens.for_model(t5, tokenizer, CATEGORIES)
     model.config.hidden_size_per_layer_input = 16  # Gemma 3n and 4
-    with pytest.raises(
-        ValueError, match="llama .* embeds in every layer: take another"
-    ):
+    with pytest.raises(ValueError, match="llama .* embeds in every layer, or"):
+        ControlTokens.for_model(model, tokenizer, CATEGORIES)
+    model.config.hidden_size_per_layer_input = 0
+    model.config.model_type = "rwkv"
+    with pytest.raises(ValueError, match="rwkv .* reads padding: take another"):
         ControlTokens.for_model(model, tokenizer, CATEGORIES)
 
 

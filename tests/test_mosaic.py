@@ -196,6 +196,14 @@ def test_a_prompt_has_one_bos_and_ends_where_the_answer_begins(tokenizer):
     assert whole[: len(ids)] == ids and "Hello" in tokenizer.decode(whole[len(ids) :])
 
 
+def test_turns_are_a_users_and_the_assistants_alternately(tokenizer):
+    turns = ("Hi", "Hello.", "And you?")
+    roles = ("user", "assistant", "user")
+    chat = [{"role": role, "content": turn} for role, turn in zip(roles, turns)]
+    assert mosaic.prompt_ids(tokenizer, turns) == mosaic.prompt_ids(tokenizer, chat)
+    assert mosaic.prompt_ids(tokenizer, ("Hi",)) == mosaic.prompt_ids(tokenizer, "Hi")
+
+
 def test_control_tokens_stand_right_after_bos_and_padding_only_at_the_left(
     model, tokenizer, tokens
 ):
@@ -699,13 +707,11 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
     run(model, tokenizer, requests, checkpoint=path)
     before = path.read_bytes()
     other = dataclasses.replace(RESUMED, epochs=4, seed=5)
-    with pytest.raises(
-        ValueError, match=r"another run \(epochs 3, now 4, seed 0, now 5"
-    ):
+    with pytest.raises(ValueError, match=r"anew \(epochs 3, now 4, seed 0, now 5"):
         run(model, tokenizer, requests, other, checkpoint=path)
-    with pytest.raises(ValueError, match=r"another run \(requests"):
+    with pytest.raises(ValueError, match=r"anew \(requests"):
         run(model, tokenizer, requests[::-1], checkpoint=path)
-    with pytest.raises(ValueError, match=r"another run \(start .* backbone"):
+    with pytest.raises(ValueError, match=r"anew \(start .* backbone"):
         stranger = tiny_model("llama", tokenizer, seed=1)
         run(stranger, tokenizer, requests, checkpoint=path)
     assert path.read_bytes() == before

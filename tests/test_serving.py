@@ -1,7 +1,7 @@
 """Existing servers, unmodified, serve an exported checkpoint, a policy per request.
 
-Each runs where its packages are installed: `transformers serve` (fastapi, uvicorn and
-openai) in this environment, `vllm` in any whose folder of commands is on the PATH.
+Each runs where its packages are installed: `transformers serve` (fastapi, uvicorn,
+openai and accelerate) in this environment, `vllm` in any whose folder of commands is on the PATH.
 """
 
 import importlib.util
@@ -62,7 +62,7 @@ def vllm():
 
 
 def transformers_serve():
-    for name in ("fastapi", "uvicorn", "openai"):
+    for name in ("fastapi", "uvicorn", "openai", "accelerate"):
         if not importlib.util.find_spec(name):
             pytest.skip(f"{name} is not installed")
     start = "from transformers.cli.transformers import main; main()"
