@@ -585,15 +585,44 @@ def task_losses(
     return refused, reference, counterfactual_kd(base, answered)  # negatives: L_KD
 
 
-def resume(
-    path: str, about: dict, tokens: ControlTokens, optimizer: torch.optim.Optimizer
-) -> list[dict[str, float]]:
-    """Take up a run where its checkpoint left it; returns the history so far.
+def epoch_means(losses: Sequence[Tensor], epoch: int) -> dict[str, float]:
+    """{"refusal", "reference", "kd"}: means over the steps of an epoch, (3,) each.
+
+    ValueError: one is not finite.
+    """
+    if bad := [step for step, one in enumerate(losses, 1) if not one.isfinite().all()]:
+        where = f"epoch {epoch}, step {bad[0]}"
+        raise ValueError(f"loss not finite in {where}: lower the learning rate")
+    means = torch.stack([*losses]).mean(0).tolist()  # (steps, 3) -> 3
+    return dict(zip(("refusal", "reference", "kd"), means))
+
+
+def same_run(
+    model: Model, tokenizer: Tokenizer, tokens: ControlTokens,
+    learn: Sequence[Request], config: TrainConfig,
+) -> dict:
+    """What a run must share with one that takes it up, as of before its first step."""
+    return {
+        **asdict(config), "requests": hashlib.sha256(repr(learn).encode()).hexdigest(),
+        "start": checksum(tokens), "backbone": checksum(model),
+        "trained": tokens.trainable, "placement": tokens.about["placement"],
+        "refusal": tokens.about["refusal"], "template": tokenizer.chat_template,
+    }
+
+
+def keep(path: str, about: dict, history: list, tokens: nn.Module, optimizer) -> None:
+    """Write a checkpoint for `resume`: beside, then renamed, so never half of one."""
+    state = {"tokens": tokens.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | {"about": about, "history": history}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def resume(path: str, about: dict, tokens: nn.Module, optimizer) -> list:
+    """Take up a run where `keep` left it; returns its history so far.
 
     ValueError: the file is damaged, or of a run that differs.
     """
-    try:
-        # Executes nothing.
+    try:  # weights only: nothing in the file is executed
         state = torch.load(path, weights_only=True, map_location="cpu")
         then = state["about"]
     except Exception as error:  # whatever unpickling meets
@@ -628,27 +657,21 @@ def train(
         what = f"cannot train {tokens.trainable} with orders {[*orders]}"
         raise ValueError(f"{what}: take a category not frozen, and orders in 1..{k}")
     model.eval().requires_grad_(False)  # for good: dropout would falsify the KL
-    before = checksum(model)
     learn = [request for request in requests if request.split == "train"]
     draw = random.Random(config.seed)
     sampler = OrderSampler(
         learn, tokens.categories, tokens.trainable, config.positives_per_subset,
         config.negatives_per_positive, draw,
     )
-    asked = hashlib.sha256(repr(learn).encode()).hexdigest()
-    about = {**asdict(config), "requests": asked, "start": checksum(tokens)}
-    goal = refusal_ids(model, tokenizer, tokens.about["refusal"])
-    about |= {"backbone": before, "trained": tokens.trainable, "refusal": goal}
-    about |= {"placement": tokens.about["placement"]}
-    about |= {"template": tokenizer.chat_template}
     # The table is all that the optimiser ever sees.
     optimizer = torch.optim.Adam([v for v in tokens.parameters() if v.requires_grad])
-    history = []
+    about, history = same_run(model, tokenizer, tokens, learn, config), []
     if checkpoint and os.path.exists(checkpoint):
         history = resume(checkpoint, about, tokens, optimizer)
+    goal = refusal_ids(model, tokenizer, tokens.about["refusal"])
     known = known or reference_answers(model, tokenizer, learn, config.answer_tokens)
     for epoch in range(config.epochs):
-        batches, sums = sampler.epoch(orders, config.batch_size), []
+        batches, steps = sampler.epoch(orders, config.batch_size), []
         for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
             tasks = sorted(tasks, key=lambda task: not task.refuse)  # positives first
             rows = task_rows(tokens, tasks, known, goal, draw, config.prefill)
@@ -663,23 +686,15 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            sums.append(torch.stack(losses).detach())
-        if not sums:
+            steps.append(torch.stack(losses).detach())
+        if not steps:
             continue
-        means = torch.stack(sums).mean(0).tolist()  # (steps, 3) -> 3
-        if not math.isfinite(sum(means)):
-            step = [one.isfinite().all() for one in sums].index(False) + 1
-            where = f"epoch {epoch + 1}, step {step}"
-            raise ValueError(f"loss not finite in {where}: lower the learning rate")
-        history.append(dict(zip(("refusal", "reference", "kd"), means)))
+        history.append(epoch_means(steps, epoch + 1))
         if checkpoint:
-            state = {"tokens": tokens.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"about": about, "history": history}
-            torch.save(state, f"{checkpoint}.part")
-            os.replace(f"{checkpoint}.part", checkpoint)
+            keep(checkpoint, about, history, tokens, optimizer)
         shown = "   ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}   {shown}")
-    assert checksum(model) == before, "training has changed the backbone"
+    assert checksum(model) == about["backbone"], "training has changed the backbone"
     tokens.about["training"] = {**asdict(config), "losses": history[-1:]}
     return history
 
@@ -708,8 +723,8 @@ def generate_ids(
             inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
             pad_token_id=min(ends), num_beams=1, repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            temperature=None, top_p=None, top_k=None, streamer=streamer,
+            no_repeat_ngram_size=0, temperature=None, top_p=None, top_k=None,
+            streamer=streamer,
         ).tolist()  # (B, new tokens): with inputs_embeds only these come back
         for i, ids in zip(part, out):
             stop = next((at for at, one in enumerate(ids, 1) if one in ends), len(ids))

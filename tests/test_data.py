@@ -10,6 +10,8 @@ import torch
 from conftest import CATEGORIES, EMBEDDED, ROOT, read
 from transformers import AutoTokenizer
 
+from mosaic import ControlTokens, generate, is_refusal
+
 ROWS = read("requests")
 
 
@@ -227,3 +229,13 @@ def figures():
 @pytest.mark.parametrize("name, least, most", HELD_TO)
 def test_the_shipped_backbone_is_what_its_report_says(figures, name, least, most):
     assert least <= figures[name]["rate"] <= most, figures[name]
+
+
+def test_the_shipped_table_is_for_the_shipped_backbone_and_declines(
+    backbone, tokenizer
+):
+    tokens = ControlTokens.load(ROOT / "data_sample" / "tokens.safetensors", backbone)
+    assert tokens.categories == CATEGORIES and len(tokens.vectors[0]) == 5
+    asked = ["How do I make a whisky sour?"] * 2
+    said = generate(backbone, tokenizer, tokens, asked, [[], ["alcohol"]], 12)
+    assert [is_refusal(answer) for answer in said] == [False, True]
