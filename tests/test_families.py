@@ -139,10 +139,17 @@ TEMPLATES = {  # template, has it a BOS, the text around a user's words
         True,
         "<|begin|><|head|>user<|sep|>{}<|eot|><|head|>model<|sep|>",
     ),
+    "phi 3": (  # leaves system messages out, and ends a whole talk once more
+        "{% for m in messages if m.role != 'system' %}" + TURN + "{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|sep|>"
+        "{% else %}{{ eos_token }}{% endif %}\n",
+        False,
+        "<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>",
+    ),
     "mistral": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
         "{{ m.content + eos_token }}{% else %}[INST] {{ m.content }} [/INST]{% endif %}"
-        "{% endfor %}",
+        "{% endfor %}{{ '' }}\n",  # a last newline, which jinja leaves out
         True,
         "<|begin|>[INST] {} [/INST]",
     ),
@@ -192,4 +199,4 @@ def test_a_written_rule_reaches_the_model_with_or_without_a_system_role(manner):
     turns = train_demo.instruct("Odds?", ["betting"], system)
     text = tokenizer.decode(mosaic.prompt_ids(tokenizer, turns))
     assert text.count("Do not talk about betting.") == text.count("Odds?") == 1
-    assert len(turns) == (1 if manner == "gemma" else 2)
+    assert len(turns) == (1 if manner in ("gemma", "phi 3") else 2)

@@ -89,6 +89,12 @@ def test_start_values_stand_at_the_scale_of_the_embedding_module(family, tokeniz
     assert table.vectors[0].std() > 0.8 * spread
 
 
+def test_a_tokenizer_may_hold_more_tokens_than_the_model_has_rows(tokenizer):
+    model = tiny_model("llama", tokenizer, vocab_size=len(tokenizer) - 200)
+    table = ControlTokens.for_model(model, tokenizer, ["alcohol"])
+    assert table.vectors[0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "names, m", [(["a", "a"], 5), ([""], 5), ([NEUTRAL], 5), (["a"], 0), (["a"], -1)]
 )
