@@ -83,7 +83,8 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>MOSAIC</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root {{ color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif }}
-body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }}
+body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto }}
 th, td {{ padding: .4rem .7rem; text-align: left; vertical-align: top;
           border-bottom: 1px solid #8886; min-width: 5rem }}
