@@ -120,19 +120,7 @@ def main() -> None:
     # Train: the tokens alone, against the backbone's own answers.
     clock = [time.time()] * 3  # start, reference answers made, tokens trained
     if learns := not flags.tokens or bool(flags.add):
-        config = TrainConfig(
-            orders=tuple(flags.orders), epochs=flags.epochs, kd_weight=flags.kd_weight,
-            learning_rate=flags.learning_rate, batch_size=flags.batch_size,
-            seed=flags.seed)
-        learn = [request for request in requests if request.split == "train"]
-        known = mosaic.reference_answers(model, tokenizer, learn, config.answer_tokens)
-        if later := in_later_turns(learn, known, tokenizer, flags):
-            known |= mosaic.reference_answers(
-                model, tokenizer, later, config.answer_tokens)
-        clock[1] = time.time()
-        mosaic.train(
-            model, tokenizer, tokens, learn + later, config, known, unfinished(flags))
-        clock[2] = time.time()
+        clock[1:] = train(flags, model, tokenizer, tokens, requests)
 
     # Evaluate: the policies of every order, the same test requests for each method.
     system = takes_system(tokenizer)
@@ -170,6 +158,22 @@ def main() -> None:
 
 
 # --- Its parts ------------------------------------------------------------------------
+
+
+def train(flags, model, tokenizer, tokens: ControlTokens, requests) -> list[float]:
+    """Train the table; returns when reference answers, and when tokens were ready."""
+    config = TrainConfig(
+        orders=tuple(flags.orders), epochs=flags.epochs, kd_weight=flags.kd_weight,
+        learning_rate=flags.learning_rate, batch_size=flags.batch_size, seed=flags.seed)
+    learn = [request for request in requests if request.split == "train"]
+    known = mosaic.reference_answers(model, tokenizer, learn, config.answer_tokens)
+    later = in_later_turns(learn, known, tokenizer, flags)
+    if later:
+        known |= mosaic.reference_answers(model, tokenizer, later, config.answer_tokens)
+    referred = time.time()
+    learn = learn + later
+    mosaic.train(model, tokenizer, tokens, learn, config, known, unfinished(flags))
+    return [referred, time.time()]
 
 
 def say_what_learns(requests, tokens: ControlTokens, frozen: str) -> None:

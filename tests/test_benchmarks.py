@@ -105,7 +105,14 @@ def test_the_judges_are_counted_by_hand(job, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_random_batches_equal_slow_row_by_row_references(seed, small):
-    fuzz.case(seed, *small)
+    assert fuzz.case(seed, *small) >= 1  # it asserts each comparison itself
+
+
+def test_the_fuzz_notices_a_wrong_answer(small, monkeypatch):
+    real = mosaic.generate
+    monkeypatch.setattr(mosaic, "generate", lambda *a: [s + "!" for s in real(*a)])
+    with pytest.raises(AssertionError):
+        fuzz.case(0, *small)
 
 
 @pytest.fixture(scope="module")

@@ -453,7 +453,7 @@ WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
     "a request too long": (
         DATA,
         ROW + ROW.replace('"a"', '"' + "word " * 100_000 + '"') + NEUTRAL_ROW,
-        "d.jsonl:2: a request of 100005 tokens; beside control tokens and answer 443 fit",
+        "d.jsonl:2: a request of 100005 tokens; beside control tokens and answer 443",
     ),
     "CSV without header": (
         ["--data", "d.csv"],

@@ -242,8 +242,8 @@ def test_a_table_for_the_place_before_bos_is_exported_for_it(
 
 
 def test_categories_may_have_any_name(model, tokenizer, tmp_path):
-    names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0", "🍺", "AFTER TEMPLATE"]
-    names += ["{{ x }}", "CONTROL", "back\\slash"]
+    names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0", "🍺"]
+    names += ["AFTER TEMPLATE", "{{ x }}", "CONTROL", "back\\slash"]
     tokens = ControlTokens.for_model(model, tokenizer, names, 2)
     tokens.save(tmp_path / "t")
     assert ControlTokens.load(tmp_path / "t", model).categories == names

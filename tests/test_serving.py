@@ -1,7 +1,8 @@
 """Existing servers, unmodified, serve an exported checkpoint, a policy per request.
 
 Each runs where its packages are installed: `transformers serve` (fastapi, uvicorn,
-openai and accelerate) in this environment, `vllm` in any whose folder of commands is on the PATH.
+openai and accelerate) in this environment, `vllm` in any whose folder of commands is on
+the PATH.
 """
 
 import importlib.util

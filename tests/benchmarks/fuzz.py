@@ -79,7 +79,8 @@ def embedded(model, tokenizer, table, chat, policy) -> torch.Tensor:
     return torch.cat([*parts, model.get_input_embeddings().weight[ids[1:]]])
 
 
-def case(seed: int, model, tokenizer) -> None:
+def case(seed: int, model, tokenizer) -> int:
+    """The number of prompts compared. AssertionError: something differs."""
     draw = random.Random(seed)
     names = {text(draw, 8).strip() or f"c{i}" for i in range(draw.randint(1, 5))}
     names = sorted(names - {NEUTRAL})
@@ -91,6 +92,7 @@ def case(seed: int, model, tokenizer) -> None:
         same_logits(draw, model, tokenizer, table, prompts, policies, read)
         same_answers(draw, model, tokenizer, table, prompts, policies, read)
     same_shares(draw, names)
+    return len(prompts)
 
 
 def same_logits(draw, model, tokenizer, table, prompts, policies, read):

@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import mosaic
+from fuzz import small_model
 from mosaic import ControlTokens, TrainConfig
 from train_demo import EMBEDDED, read_requests
 
@@ -31,17 +32,8 @@ from train_demo import EMBEDDED, read_requests
 def job(folder: Path) -> None:
     """A whole small run; the table is written at its end."""
     sys.stderr = sys.stdout = open(os.devnull, "w")
-    torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    model = small_model(tokenizer)
     requests = read_requests(str(ROOT / "data_sample/requests.jsonl"))[::9]
     tokens = ControlTokens.for_model(model, tokenizer, ["alcohol", "betting"])
     learn = [q for q in requests if q.category in ("alcohol", "betting", "neutral")]
