@@ -39,6 +39,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -422,13 +423,24 @@ class OrderSampler:
         turns = itertools.cycle(self.draw.sample(kinds, len(kinds)))
         return [Task(next(self.pools[next(turns)]), policy) for _ in range(count)]
 
-    def epoch(self, orders: Sequence[int], batch_size: int) -> list[list[Task]]:
-        """Batches of one order each, positives and negatives, cycling over orders."""
+    def epoch(
+        self, orders: Sequence[int], batch_size: int,
+        length: Callable[[Task], int] = lambda task: 0,
+    ) -> list[list[Task]]:
+        """Batches of one order each, positives and negatives, cycling over orders.
+
+        Tasks of about one `length` share a batch: half as much padding.
+        """
         per_order = []
         for r in orders:
             sides = [self.draw.sample(side, len(side)) for side in self.of_order(r)]
+            sides = [sorted(side, key=length) for side in sides]
             n = math.ceil(sum(map(len, sides)) / batch_size)
-            per_order.append([[t for s in sides for t in s[i::n]] for i in range(n)])
+            batches = [
+                [t for s in sides for t in s[len(s) * i // n : len(s) * (i + 1) // n]]
+                for i in range(n)
+            ]
+            per_order.append(self.draw.sample(batches, n))
         cycles = itertools.zip_longest(*per_order)
         return [batch for cycle in cycles for batch in cycle if batch]
 
@@ -566,6 +578,12 @@ def task_rows(
     return rows
 
 
+def task_length(known: dict[Request, Reference], task: Task) -> int:
+    """How long a task's row is, but for what is alike in all of an order."""
+    row = known[task.request].row
+    return len(row.prompt) + (0 if task.refuse else len(row.answer))
+
+
 def task_losses(
     model: Model, tokenizer: Tokenizer, tasks: Sequence[Task], rows: Sequence[Row],
     known: dict[Request, Reference],
@@ -670,8 +688,9 @@ def train(
         history = resume(checkpoint, about, tokens, optimizer)
     goal = refusal_ids(model, tokenizer, tokens.about["refusal"])
     known = known or reference_answers(model, tokenizer, learn, config.answer_tokens)
+    length = partial(task_length, known)
     for epoch in range(config.epochs):
-        batches, steps = sampler.epoch(orders, config.batch_size), []
+        batches, steps = sampler.epoch(orders, config.batch_size, length), []
         for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
             tasks = sorted(tasks, key=lambda task: not task.refuse)  # positives first
             rows = task_rows(tokens, tasks, known, goal, draw, config.prefill)

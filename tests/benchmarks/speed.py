@@ -73,12 +73,11 @@ class Job:
         learn = [q for q in requests if q.split == "train"]
         draw = random.Random(0)
         sampler = OrderSampler(learn, CATEGORIES, CATEGORIES, 100, 1.0, draw)
-        self.batches = sampler.epoch((1, 2, 3, 4), flags.batch_size)[: flags.steps]
-        used = {task.request: None for batch in self.batches for task in batch}
         # Random weights never end an answer: 28 tokens is what the backbone's take.
-        self.known = mosaic.reference_answers(
-            self.model, self.tokenizer, list(used), 28
-        )
+        self.known = mosaic.reference_answers(self.model, self.tokenizer, learn, 28)
+        length = partial(mosaic.task_length, self.known)
+        epoch = sampler.epoch((1, 2, 3, 4), flags.batch_size, length)
+        self.batches = epoch[: flags.steps]
         self.tokens = ControlTokens.for_model(self.model, self.tokenizer, CATEGORIES)
 
     def wait(self):
