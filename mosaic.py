@@ -27,6 +27,7 @@ paper leaves open, or does otherwise, a comment says `Differs from the paper:`.
 Made to be copied: it needs torch, tqdm and transformers (with its safetensors) only.
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -37,7 +38,7 @@ import random
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -101,6 +102,29 @@ def fingerprint(model: Model) -> str:
         sample = weight.detach().flatten()[:64].bfloat16().view(torch.int16)
         digest.update(f"{name}{tuple(weight.shape)}{sample.tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def beside(path: str) -> Iterator[str]:
+    """Write to the path given, beside `path`; then it is renamed: never half of it.
+
+    OSError: it cannot be written. What was there before is there still.
+    """
+    part = f"{path}.part"
+
+    def clear() -> None:
+        for remove in (os.remove, shutil.rmtree):  # a file, or a folder
+            with contextlib.suppress(OSError):
+                remove(part)
+
+    clear()  # what a killed run may have left
+    try:
+        yield part
+        os.replace(part, path)
+    except Exception as error:  # torch and safetensors have kinds of their own
+        raise OSError(f"cannot write {path} (is there room?): {error}") from error
+    finally:
+        clear()
 
 
 class ControlTokens(nn.Module):
@@ -189,14 +213,14 @@ class ControlTokens(nn.Module):
         return [c for c, v in zip(self.categories, self.vectors) if v.requires_grad]
 
     def save(self, path: str) -> None:
-        """Write a safetensors file: beside, then renamed, so never half of one.
+        """Write a safetensors file, whole or not at all; OSError: it cannot be.
 
         Which categories are frozen is not stored: freeze them again after `load`.
         """
         about = {"format": FORMAT, "categories": self.categories, **self.about}
         data = {c: v.detach().cpu() for c, v in zip(self.categories, self.vectors)}
-        save_file(data, f"{path}.part", metadata={"mosaic": json.dumps(about)})
-        os.replace(f"{path}.part", path)
+        with beside(path) as part:
+            save_file(data, part, metadata={"mosaic": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str, model: Model | None = None) -> "ControlTokens":
@@ -629,10 +653,10 @@ def same_run(
 
 
 def keep(path: str, about: dict, history: list, tokens: nn.Module, optimizer) -> None:
-    """Write a checkpoint for `resume`: beside, then renamed, so never half of one."""
+    """Write a checkpoint for `resume`, whole or not at all."""
     state = {"tokens": tokens.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"about": about, "history": history}, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    with beside(path) as part:
+        torch.save(state | {"about": about, "history": history}, part)
 
 
 def resume(path: str, about: dict, tokens: nn.Module, optimizer) -> list:
@@ -900,18 +924,19 @@ def drift(
 
 def multiple_choice_accuracy(
     model: Model, tokenizer: Tokenizer, tokens: ControlTokens | None,
-    items: Sequence[dict], policy: Policy = (),
+    items: Sequence[dict], policy: Policy = (), ask: Callable[[str], Prompt] = str,
 ) -> dict[str, float]:
     """Accuracy under a policy by log-likelihood of the letter, zero-shot; see `share`.
 
     Items in MMLU's form: {"question": str, "choices": [str, ...], "answer": int}.
+    `ask` makes a prompt of the text, for whoever puts more around it.
     """
     right = []
     for item in items:
         letters = [chr(ord("A") + i) for i in range(len(item["choices"]))]
         lines = [f"{letter}. {text}" for letter, text in zip(letters, item["choices"])]
         asked = "\n".join([item["question"], *lines, "Answer with the letter."])
-        found = choose(model, tokenizer, asked, letters, tokens, policy)
+        found = choose(model, tokenizer, ask(asked), letters, tokens, policy)
         right.append(found == item["answer"])
     return share(right)
 
@@ -986,10 +1011,9 @@ def export_checkpoint(
     exported.config.tie_word_embeddings = False
     kept = exported.generation_config.suppress_tokens or []
     exported.generation_config.suppress_tokens = [*kept, *ids]
-    shutil.rmtree(f"{folder}.part", ignore_errors=True)
-    exported.save_pretrained(f"{folder}.part")
-    tokenizer.save_pretrained(f"{folder}.part")
-    os.replace(f"{folder}.part", folder)
+    with beside(folder) as part:
+        exported.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def export_peft(tokens: ControlTokens, policy: Policy, folder: str) -> None:

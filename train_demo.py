@@ -499,7 +499,7 @@ def read_flags() -> Flags:
 def write_results(
     output: str, tokens: ControlTokens | None, results: dict, shown: dict
 ) -> None:
-    """A new table, results.json and report.html: each beside, then renamed."""
+    """A new table, results.json and report.html, each whole or not at all."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     if tokens:
@@ -508,8 +508,8 @@ def write_results(
     written = {"results.json": json.dumps(results, indent=2) + "\n",
                "report.html": report(results, shown)}
     for name, text in written.items():
-        (folder / f"{name}.part").write_text(text, encoding="utf-8")
-        (folder / f"{name}.part").replace(folder / name)
+        with mosaic.beside(folder / name) as part:
+            Path(part).write_text(text, encoding="utf-8")
     saved = ["tokens.safetensors"] * bool(tokens) + [*written]
     print(f"\nwritten to {folder}: {', '.join(saved)}")
 

@@ -612,6 +612,18 @@ def test_without_the_hub_a_cuda_machine_falls_back_and_a_named_model_does_not(
         train_demo.load_backbone(str(tmp_path), "cuda")
 
 
+def test_a_gpu_that_is_too_small_gets_one_line_with_the_flag(monkeypatch, capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(train_demo, "main", main)
+    with pytest.raises(SystemExit) as stopped:
+        train_demo.run()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert "CUDA out of memory" in said and "lower --batch_size" in said
+
+
 def test_the_demo_asks_the_network_for_nothing(monkeypatch):
     asked = []
 

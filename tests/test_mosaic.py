@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -186,6 +187,32 @@ def test_a_damaged_table_is_refused_by_name(tokens, tmp_path, how):
     damage(path, how, tokens)
     with pytest.raises(ValueError, match="tokens.safetensors"):
         ControlTokens.load(path)
+
+
+@pytest.mark.parametrize("kind", ["table", "checkpoint", "export"])
+def test_a_full_disk_leaves_what_was_there_and_no_half_of_a_file(
+    model, tokenizer, tokens, tmp_path, kind
+):
+    path = tmp_path / "it"
+    write = {
+        "table": lambda: tokens.save(path),
+        "checkpoint": lambda: mosaic.keep(
+            path, {}, [], tokens, torch.optim.Adam(tokens.parameters())
+        ),
+        "export": lambda: mosaic.export_checkpoint(model, tokenizer, tokens, path),
+    }[kind]
+    if kind != "export":  # which never replaces a folder
+        write()
+    before = path.read_bytes() if path.exists() else None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*it \(is there room\?\): "):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*tmp_path.iterdir()] == ([path] if before else [])
+    assert not before or path.read_bytes() == before
 
 
 # --- 3. Prompts and batches -----------------------------------------------------------
@@ -381,6 +408,26 @@ def test_an_epoch_cycles_over_the_orders_and_loses_no_task():
     orders = [{len(task.policy) for task in batch} for batch in epoch]
     assert orders == [{1}, {2}, {3}] * 5
     assert all(sum(task.refuse for task in batch) == 8 for batch in epoch)
+
+
+def test_tasks_of_about_one_length_share_a_batch():
+    draw = lambda: sampler(CATEGORIES, per_subset=8)
+    length = lambda task: len(task.request.prompt)
+    sides = lambda batch: [[t for t in batch if t.refuse == side] for side in (0, 1)]
+    spread = lambda batches: sum(
+        max(map(length, side)) - min(map(length, side))
+        for batch in batches
+        for side in sides(batch)
+        if side
+    )
+    anyhow = draw().epoch((1, 2, 3), 16)
+    alike = draw().epoch((1, 2, 3), 16, length)
+    assert spread(alike) < spread(anyhow) / 2
+    assert [*map(len, alike)] == [*map(len, anyhow)]
+    tasks = lambda batches: Counter(task for batch in batches for task in batch)
+    assert tasks(alike) == tasks(anyhow)  # nothing lost, nothing twice
+    shortest = [min(map(length, batch)) for batch in alike]
+    assert shortest != sorted(shortest)  # batches come in any order
 
 
 def test_a_hundred_categories_are_sampled_without_enumerating_subsets():
@@ -974,6 +1021,10 @@ def test_multiple_choice_accuracy_reads_mmlus_form_under_a_policy(
         "How many legs has a hen?" in asked and "A. two" in asked and "B. four" in asked
     )
     assert options == ["A", "B"]
+    mosaic.multiple_choice_accuracy(
+        model, tokenizer, None, items[:1], (), lambda text: ["rule", text]
+    )
+    assert seen[-1][1] == ["rule", asked]
 
 
 def test_drift_is_zero_for_the_empty_policy_and_positive_for_random_tokens(

@@ -6,10 +6,10 @@
     python tests/benchmarks/paper.py --all --readme  # and the README's results
 
 A cell is one training with its measurements; several tables share it. A finished cell
-is a file in tests/benchmarks/results/ and is not run again unless its settings, the data
-or the backbone have changed: a run that was stopped goes on. Test split throughout.
-Plots need matplotlib; without it there are tables only. --model takes another backbone
-(and its own --results), --mmlu JSON lines in MMLU's form for accuracies in table 2.
+is a file in the folder results, and is not run again unless its settings, the data or
+the backbone have changed: a run that was stopped goes on. Test split throughout. Plots
+need matplotlib; without it there are tables only. --model takes another backbone (and
+its own --results), --mmlu JSON lines in MMLU's form for accuracies in table 2.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +43,18 @@ import mosaic
 import palette
 import peers
 import report
-from mosaic import NEUTRAL, ControlTokens, OrderSampler, TrainConfig
-from train_demo import EMBEDDED, instruct, load_backbone, read_requests
+from mosaic import NEUTRAL, ControlTokens, OrderSampler, Task, TrainConfig
+from train_demo import EMBEDDED, instruct, load_backbone, read_requests, takes_system
 
 JUDGED = 12  # new tokens of an answer that is judged: whether it declines shows early
-# Learning rates of the peers, the best on the validation split of 0.001, 0.003, 0.01.
-LORA_RATE = {"sft": 0.003, "orpo": 0.003, "added": 0.003}
+# The adapters' rate of Adam, and four epochs for them: tried once, on validation
+# (SFT, two epochs: DSR 89 / 88 / 91 at orders 1, 3, 5), not tuned.
+ADAPTERS, LORA_RATE = ("orpo", "sft", "added"), 0.003
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training with its measurements. The first cell, all defaults, is MOSAIC-5."""
+    """One training with its measurements; all defaults: MOSAIC-5."""
 
     method: str = "mosaic"  # or untouched, instruction, orpo, sft, ..
     tokens: int = 5
@@ -66,9 +68,8 @@ class Cell:
     @property
     def name(self) -> str:
         """The method and whatever is not default: a file's name."""
-        fields = dataclasses.asdict(self).items()
-        changed = [f"{k}{v}" for k, v in fields if v != getattr(Cell(), k)]
-        changed = [one for one in changed if not one.startswith("method")]
+        plain, fields = Cell(self.method), dataclasses.asdict(self).items()
+        changed = [f"{k}{v}" for k, v in fields if v != getattr(plain, k)]
         kept = "_".join([self.method, *changed])
         return "".join(c for c in kept if c.isalnum() or c in "._-")
 
@@ -79,7 +80,8 @@ GRID: dict[str, dict[str, list[Cell]]] = {
     "table 1": {
         "untouched backbone": [Cell("untouched")],
         "in context": [Cell("instruction")],
-        "ORPO (LoRA)": [Cell("orpo", epochs=4, seed=seed) for seed in SEEDS],
+        # Half the epochs of SFT: a task is two answers, and so costs the same.
+        "ORPO (LoRA)": [Cell("orpo", epochs=2, seed=seed) for seed in SEEDS],
         "SFT (LoRA)": [Cell("sft", epochs=4, seed=seed) for seed in SEEDS],
         "SFT, adapters added": [Cell("added", epochs=4)],
         "MOSAIC-2": [Cell(tokens=2, seed=seed) for seed in SEEDS],
@@ -89,15 +91,16 @@ GRID: dict[str, dict[str, list[Cell]]] = {
     "figure 3": {str(m): [SHORT(tokens=m)] for m in (1, 2, 3, 5, 8)},
     "figure 4": {
         "MOSAIC-5": [SHORT()],
-        "without compositions": [SHORT(orders=(1,))],
+        # The same number of steps, all on order 1.
+        "without compositions": [SHORT(orders=(1, 1, 1, 1))],
         "without KD": [SHORT(kd=0.0)],
-        "without both": [SHORT(orders=(1,), kd=0.0)],
+        "without both": [SHORT(orders=(1, 1, 1, 1), kd=0.0)],
     },
     "figure 5": {str(n): [SHORT(negatives=float(n))] for n in (0.5, 1, 2, 4)},
     "figure 6": {
         str(kd): [SHORT(kd=kd)] for kd in (0.0, 0.2, 0.4, 0.8, 1.0, 1.2, 1.6, 2.4)
     },
-    "unseen": {"half of the subsets": [SHORT(half=True)]},
+    "unseen": {"half of the subsets": [SHORT(half=True)], "all": [SHORT()]},
     "permutations": {"MOSAIC-5": [Cell()]},
     "palette": {"Palette": [Cell("palette")]},
 }
@@ -112,16 +115,12 @@ class Lab:
 
     def __init__(self, folder: str, quick: bool, mmlu: str = ""):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.tokenizer, _ = load_backbone(folder, device)
+        self.model, self.tokenizer, _ = load_backbone(folder or str(EMBEDDED), device)
         self.model.eval().requires_grad_(False)
         requests = read_requests(str(ROOT / "data_sample" / "requests.jsonl"))
-        if quick:  # two of each group and split
-            few, count = [], {}
-            for q in requests:
-                group = q.category, q.near, q.split
-                count[group] = count.get(group, 0) + 1
-                few += [q] * (count[group] <= 2)
-            requests = few
+        if quick:  # one of each group and split
+            few = {(q.category, q.near, q.split): q for q in requests}
+            requests = list(few.values())
         self.quick = quick
         self.learn = [q for q in requests if q.split == "train"]
         self.test = [q for q in requests if q.split == "test"]
@@ -151,13 +150,16 @@ class Way:
 
     def __init__(self, lab: Lab, tokens=None, adapters=(), written=False):
         self.lab, self.tokens, self.adapters = lab, tokens, adapters
-        self.ids = peers.by_rule(lab.tokenizer) if written else None
+        self.system = takes_system(lab.tokenizer)
         self.written = written
 
-    def row(self, prompt: str, policy: mosaic.Policy, answer=()) -> mosaic.Row:
-        ids = self.ids or (lambda one, _: mosaic.prompt_ids(self.lab.tokenizer, one))
+    def prompt(self, text: str, policy: mosaic.Policy) -> mosaic.Prompt:
+        return instruct(text, policy, self.system) if self.written else text
+
+    def row(self, text: str, policy: mosaic.Policy, answer=()) -> mosaic.Row:
+        ids = mosaic.prompt_ids(self.lab.tokenizer, self.prompt(text, policy))
         active = policy if self.tokens else ()
-        return mosaic.control_row(self.tokens, active, ids(prompt, policy), answer)
+        return mosaic.control_row(self.tokens, active, ids, answer)
 
     def under(self, policy: mosaic.Policy) -> contextlib.AbstractContextManager:
         """The backbone with the updates of a policy; its old bits afterwards."""
@@ -173,18 +175,27 @@ class Way:
             return sum(v.numel() for v in self.tokens.parameters())
         return peers.count(self.lab.model) * len(self.adapters)
 
+    def said(self, rows: list[mosaic.Row]) -> list[str]:
+        """The answers to rows, as far as they are judged."""
+        out = mosaic.generate_ids(self.lab.model, self.lab.tokenizer, rows, JUDGED)
+        decode = functools.partial(self.lab.tokenizer.decode, skip_special_tokens=True)
+        return [decode(ids).strip() for ids in out]
+
     def respond(self, prompts: list[str], policies: list) -> list[str]:
-        answers = [""] * len(prompts)
+        """Answers as `mosaic.evaluate` wants them, a policy at a time."""
+        answers = {}
         for policy in dict.fromkeys(map(tuple, policies)):
             at = [i for i, one in enumerate(policies) if tuple(one) == policy]
-            rows = [self.row(prompts[i], policy) for i in at]
             with self.under(policy):
-                said = mosaic.generate_ids(
-                    self.lab.model, self.lab.tokenizer, rows, JUDGED
-                )
-            for i, ids in zip(at, said):
-                answers[i] = self.lab.tokenizer.decode(ids, skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+                said = self.said([self.row(prompts[i], policy) for i in at])
+            answers |= zip(at, said)
+        return [answers[i] for i in range(len(prompts))]
+
+    def respond_in(self, turn: tuple[str, ...]) -> list[str]:
+        """Answers to the test requests with the token sets in this very order."""
+        control = torch.cat([self.tokens.compose([name]) for name in turn])
+        ids = functools.partial(mosaic.prompt_ids, self.lab.tokenizer)
+        return self.said([mosaic.Row(ids(q.prompt), control) for q in self.lab.test])
 
 
 def learn(lab: Lab, cell: Cell) -> Way:
@@ -196,9 +207,10 @@ def learn(lab: Lab, cell: Cell) -> Way:
         tokens = ControlTokens.for_model(
             lab.model, lab.tokenizer, every, cell.tokens, cell.seed
         )
-        train_tokens(lab, tokens, lab.config(cell))
+        config = lab.config(cell)
+        mosaic.train(lab.model, lab.tokenizer, tokens, lab.learn, config, lab.known)
         return Way(lab, tokens)
-    config = lab.config(cell, learning_rate=LORA_RATE[cell.method])
+    config = lab.config(cell, learning_rate=LORA_RATE)
     loss = peers.orpo_loss if cell.method == "orpo" else peers.sft_loss
 
     def adapter(ids, config, trained):
@@ -219,22 +231,22 @@ def learn(lab: Lab, cell: Cell) -> Way:
     return Way(lab, adapters={c: adapter(plain, alone, [c]) for c in every})
 
 
-def train_tokens(lab: Lab, tokens: ControlTokens, config: TrainConfig) -> None:
-    known = {q: lab.known[q] for q in lab.learn}
-    mosaic.train(lab.model, lab.tokenizer, tokens, lab.learn, config, known)
+def halves(categories: list[str]) -> dict[int, list[tuple[str, ...]]]:
+    """Half of the subsets of each order but the last, drawn by a seed."""
+    draw, half = random.Random(0), {}
+    for r in range(1, len(categories)):
+        every = mosaic.subsets(categories, r, 10**6, draw)
+        half[r] = draw.sample(every, (len(every) + 1) // 2)
+    return half
 
 
 @contextlib.contextmanager
-def only_half(categories: list[str]):
-    """Let the sampler see half of each order's subsets: the other half stays unseen."""
-    every, draw = mosaic.subsets, random.Random(0)
-    seen = {}
-    for r in range(1, len(categories)):
-        some = every(categories, r, 10**6, draw)
-        seen[r] = draw.sample(some, (len(some) + 1) // 2)
+def only(seen: dict[int, list[tuple[str, ...]]]) -> Iterator[None]:
+    """Let samplers draw these subsets and no others."""
+    every = mosaic.subsets
     mosaic.subsets = lambda names, r, *_: sorted(seen[r])
     try:
-        yield seen
+        yield
     finally:
         mosaic.subsets = every
 
@@ -277,82 +289,86 @@ def accuracy(lab: Lab, way: Way, policy: mosaic.Policy) -> list[float]:
     """MMLU's accuracy under a policy, as a list of one; empty without a file."""
     if not lab.mmlu:
         return []
-    rule = lambda text: instruct(text, policy, False)[0]["content"]
-    items = [
-        item | ({"question": rule(item["question"])} if way.written else {})
-        for item in lab.mmlu
-    ]
     found = mosaic.multiple_choice_accuracy(
-        lab.model, lab.tokenizer, way.tokens, items, policy if way.tokens else ()
-    )
+        lab.model, lab.tokenizer, way.tokens, lab.mmlu, policy if way.tokens else (),
+        lambda text: way.prompt(text, policy),
+    )  # fmt: skip
     return [found["rate"]]
+
+
+def by_side(found: Iterable[tuple[str, Task, str]]) -> dict[str, dict]:
+    """{side: {"dsr", "over_refusal"}} of (side, task, answer), near misses left out."""
+    sides = {}
+    for side, task, answer in found:
+        if not task.request.near:
+            kinds = sides.setdefault(side, {"dsr": [], "over_refusal": []})
+            kind = "dsr" if task.refuse else "over_refusal"
+            kinds[kind].append(mosaic.is_refusal(answer))
+    return {
+        side: {kind: mosaic.share(refused) for kind, refused in kinds.items()}
+        for side, kinds in sides.items()
+    }
+
+
+def unseen(lab: Lab, way: Way) -> dict[str, dict]:
+    """{order: {"seen", "unseen"}}: DSR and OR under either half of the subsets."""
+
+    def asked(r: int, seen: list) -> Iterator[tuple[str, Task, str]]:
+        for policy in mosaic.subsets(lab.categories, r, 32, random.Random(0)):
+            said = way.respond([q.prompt for q in lab.test], [policy] * len(lab.test))
+            side = "seen" if policy in seen else "unseen"
+            yield from ((side, Task(q, policy), a) for q, a in zip(lab.test, said))
+
+    return {str(r): by_side(asked(r, s)) for r, s in halves(lab.categories).items()}
 
 
 def permuted(lab: Lab, way: Way) -> dict[str, dict]:
     """{order: {"canonical", "permuted"}}: DSR and OR with the token sets in any order.
 
-    All permutations of every subset at order 3, a sample of 6 and 24 at orders 4 and 5.
+    All other permutations of every subset at order 3, a sample of 5 at order 4 and of
+    24 at order 5.
     """
-    found = {}
-    for r, most in ((3, 6), (4, 6), (5, 24)):
-        sides = {"canonical": ([], []), "permuted": ([], [])}
+
+    def asked(r: int, most: int) -> Iterator[tuple[str, Task, str]]:
         for policy in mosaic.subsets(lab.categories, r, 32, random.Random(0)):
-            every = [*itertools.permutations(policy)]
-            some = random.Random(0).sample(every, most)
-            for turn in dict.fromkeys([policy, *some]):
-                sets = [way.tokens.compose([name]) for name in turn]
-                rows = [
-                    mosaic.Row(
-                        mosaic.prompt_ids(lab.tokenizer, q.prompt), torch.cat(sets)
-                    )
-                    for q in lab.test
-                ]
-                said = mosaic.generate_ids(lab.model, lab.tokenizer, rows, JUDGED)
-                sides_of = ["canonical"] * (turn == policy) + ["permuted"] * (
-                    turn in some
-                )
-                for q, ids in zip(lab.test, said):
-                    text = lab.tokenizer.decode(ids, skip_special_tokens=True)
-                    if not q.near:
-                        for side in sides_of:
-                            kind = sides[side][q.category not in policy]
-                            kind.append(mosaic.is_refusal(text))
-        found[str(r)] = {
-            side: {"dsr": mosaic.share(a), "over_refusal": mosaic.share(b)}
-            for side, (a, b) in sides.items()
-        }
-    return found
+            others = [p for p in itertools.permutations(policy) if p != policy]
+            for turn in [policy, *random.Random(0).sample(others, most)]:
+                side = "canonical" if turn == policy else "permuted"
+                said = zip(lab.test, way.respond_in(turn))
+                yield from ((side, Task(q, policy), answer) for q, answer in said)
+
+    counts = {3: 5, 4: 5, 5: 24}
+    return {str(r): by_side(asked(r, most)) for r, most in counts.items()}
+
+
+# Each stage of table 3: the one it goes on from, and the categories it adds.
+STAGES = {
+    "initial": (None, ["alcohol", "betting"]),
+    "+1": ("initial", ["horror"]),
+    "+1+1": ("+1", ["sex"]),
+    "+2": ("initial", ["horror", "sex"]),
+}
 
 
 def growth(lab: Lab, cell: Cell) -> dict:
     """Table 3: two categories, then more, each time with the older tokens frozen."""
-    stages = {
-        "initial": ["alcohol", "betting"],
-        "+1": ["horror"],
-        "+1+1": ["sex"],
-        "+2": ["horror", "sex"],
-    }
-    found, tables = {}, {"": None}
-    for stage, names in stages.items():
-        # Each goes on from the stage that its name extends.
-        before = {"initial": "", "+1": "initial", "+1+1": "+1", "+2": "initial"}[stage]
+    found, tables = {}, {}
+    for stage, (before, names) in STAGES.items():
         if before:
-            old = tables[before]
-            tokens = copy.deepcopy(old)
+            tokens = copy.deepcopy(tables[before])
             tokens.freeze(tokens.categories)
             tokens.add(lab.model, lab.tokenizer, names, seed=cell.seed)
         else:
             tokens = ControlTokens.for_model(
                 lab.model, lab.tokenizer, names, cell.tokens, cell.seed
             )
-        train_tokens(lab, tokens, lab.config(cell, orders=None))
+        config = lab.config(cell, orders=None)
+        mosaic.train(lab.model, lab.tokenizer, tokens, lab.learn, config, lab.known)
+        old = tables[before].vectors if before else []
+        assert all(map(torch.equal, old, tokens.vectors)), "a frozen vector has moved"
         tables[stage] = tokens
-        found[stage] = {
-            "categories": list(tokens.categories),
-            "orders": judged(lab, Way(lab, tokens), tokens.categories),
-        }
-        for old, new in zip(tables[before].vectors if before else [], tokens.vectors):
-            assert torch.equal(old, new), "a frozen vector has moved"
+        orders = judged(lab, Way(lab, tokens), tokens.categories)
+        found[stage] = {"categories": list(tokens.categories), "orders": orders}
     return {"stages": found}
 
 
@@ -371,12 +387,14 @@ def measure(lab: Lab, cell: Cell) -> dict:
         return palette.cell(cell.seed, lab.quick)
     if cell.method == "growth":
         return growth(lab, cell)
-    with only_half(lab.categories) if cell.half else contextlib.nullcontext() as seen:
-        start = time.time()
+    half = only(halves(lab.categories)) if cell.half else contextlib.nullcontext()
+    with half:
         way = learn(lab, cell)
-    result = {"numbers": way.numbers(), "train_seconds": time.time() - start}
-    if seen:
-        return result | {"subsets": unseen(lab, way, seen)}
+    result = {"numbers": way.numbers()}
+    if cell in itertools.chain(*GRID["unseen"].values()):
+        result["subsets"] = unseen(lab, way)
+    if cell.half:
+        return result
     result["orders"] = judged(lab, way)
     if cell in itertools.chain(*GRID["table 2"].values()):
         orders = range(1, len(lab.categories) + 1)
@@ -386,39 +404,25 @@ def measure(lab: Lab, cell: Cell) -> dict:
     return result
 
 
-def unseen(lab: Lab, way: Way, seen: dict[int, list]) -> dict[str, dict]:
-    """{order: {"seen", "unseen"}}: DSR and OR under either half of the subsets."""
-    found = {}
-    for r, trained in seen.items():
-        sides = {}
-        for policy in mosaic.subsets(lab.categories, r, 32, random.Random(0)):
-            said = way.respond([q.prompt for q in lab.test], [policy] * len(lab.test))
-            side = "seen" if policy in trained else "unseen"
-            both = sides.setdefault(side, ([], []))
-            for q, answer in zip(lab.test, said):
-                if not q.near:
-                    both[q.category not in policy].append(mosaic.is_refusal(answer))
-        found[str(r)] = {
-            side: {"dsr": mosaic.share(a), "over_refusal": mosaic.share(b)}
-            for side, (a, b) in sides.items()
-        }
-    return found
+VERSION = 2  # of all cells: raise it when code changes what one trains or measures
 
 
 def settings(cell: Cell, flags) -> dict:
     """What a cell's file must agree with to be kept."""
-    folder = Path(flags.model or EMBEDDED)
-    weights = folder / "model.safetensors"
-    made_of = [ROOT / "data_sample" / "requests.jsonl"]
-    made_of += [weights] if weights.exists() else []
+    data, folder = ROOT / "data_sample", Path(flags.model or EMBEDDED)
+    made_of = [data / "requests.jsonl", *sorted(folder.glob("*.*"))]
     made_of += [Path(flags.mmlu)] if flags.mmlu else []
+    if cell.method == "palette":
+        words = (data / "words" / f"{name}.txt" for name in ("professional", "unsafe"))
+        made_of += [data / "professional.jsonl", data / "held_out.jsonl", *words]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in made_of))
-    return dataclasses.asdict(cell) | {
-        "lora_rate": LORA_RATE.get(cell.method),
-        "quick": flags.quick,
-        "model": flags.model,
-        "data and backbone": digest.hexdigest()[:16],
-    }
+    about = {"version": VERSION, "quick": flags.quick, "model": flags.model}
+    about |= {"data and backbone": digest.hexdigest()[:16]} | dataclasses.asdict(cell)
+    if cell.method in ADAPTERS:
+        about["lora_rate"] = LORA_RATE
+    if cell.method == "palette":
+        about["palette"] = dataclasses.asdict(palette.Settings())
+    return about
 
 
 def file_of(cell: Cell, flags) -> Path:
@@ -434,18 +438,22 @@ def finished(cell: Cell, flags) -> dict | None:
 
 
 def run(cell: Cell, flags) -> str:
-    """Train and measure a cell, write its file beside, rename it; returns its name."""
+    """Train and measure a cell and write its file; returns its name."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // flags.workers))
     start = time.time()
-    result = measure(lab_for(flags.model, flags.quick, flags.mmlu), cell)
+    if finished(cell, flags):  # by another run of this script
+        return cell.name
+    lab = lab_for(flags.model, flags.quick, flags.mmlu)
+    before = mosaic.checksum(lab.model)
+    result = measure(lab, cell)
+    assert mosaic.checksum(lab.model) == before, "the backbone has changed"
     result["settings"] = settings(cell, flags)
     result["seconds"] = time.time() - start
     result["hardware"] = report.hardware(torch.get_num_threads())
     path = file_of(cell, flags)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    with mosaic.beside(path) as part:
+        Path(part).write_text(json.dumps(result) + "\n", encoding="utf-8")
     return cell.name
 
 
@@ -457,7 +465,6 @@ def read_flags(argv=None):
     beyond = ["unseen", "permutations", "palette"]
     parser.add_argument("--beyond", nargs="+", default=[], choices=beyond)
     parser.add_argument("--quick", action="store_true", help="does every cell run?")
-    parser.add_argument("--seeds", type=int, default=3, help="of MOSAIC-5, in table 1")
     parser.add_argument("--workers", type=int, default=2, help="cells run at once")
     parser.add_argument("--results", default="", help="folder of the cells' files")
     parser.add_argument("--model", default="", help="instead of the embedded backbone")
@@ -470,14 +477,14 @@ def read_flags(argv=None):
     flags.asked = list(GRID) if flags.all else names + flags.beyond
     if not flags.asked:
         parser.error("name a --table, --figure or --beyond, or --all")
+    if flags.readme and (not flags.all or flags.quick or flags.model):
+        parser.error("--readme goes with --all, and without --quick and --model")
     return flags
 
 
 def main() -> None:
     flags = read_flags()
-    grid = {name: dict(GRID[name]) for name in flags.asked}
-    for name in {"table 1", "table 2"} & {*grid}:
-        grid[name]["MOSAIC-5"] = [Cell(seed=seed) for seed in range(flags.seeds)]
+    grid = {name: GRID[name] for name in flags.asked}
     cells = dict.fromkeys(
         cell for rows in grid.values() for some in rows.values() for cell in some
     )
@@ -487,12 +494,21 @@ def main() -> None:
         jobs = [pool.submit(run, cell, flags) for cell in waiting]
         bar = tqdm(as_completed(jobs), "cells", total=len(jobs), disable=not jobs)
         for job in bar:
+            if job.exception():
+                pool.shutdown(cancel_futures=True)
             bar.write(f"finished: {job.result()}", file=sys.stderr)
     found = {cell.name: finished(cell, flags) for cell in cells}
-    text = report.markdown(grid, found, Path(flags.results))
+    rows, folder = report.rows_of(grid, found), Path(flags.results)
+    report.plots(rows, folder)
+    text = report.markdown(rows)
     print(text)
+    if flags.all:
+        (folder / "README.md").write_text(text, encoding="utf-8")
     if flags.readme:
-        report.write_readme(ROOT / "README.md", grid, found)
+        path = ROOT / "README.md"
+        text = report.write_readme(path.read_text(encoding="utf-8"), rows)
+        with mosaic.beside(path) as part:
+            Path(part).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

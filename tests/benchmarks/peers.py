@@ -1,11 +1,11 @@
 """The paper's peers of MOSAIC: SFT and ORPO with LoRA, steered by a written policy.
 
 One adapter serves every policy: the policy is written out as a rule in front of the
-request, and the adapter is trained on the same tasks, budgets and reference answers as
-control tokens are. (Differs from the paper, which does not say how its adapters learn
-what is switched off: one adapter for all policies fits the one size that it gives.)
-The other way to compose, an adapter for each category and their updates added, takes
-the same functions; see paper.py.
+request, and the adapter is trained on the same tasks and reference answers as control
+tokens are, for as many epochs as paper.py says. (Differs from the paper, which does not
+say how its adapters learn what is switched off: one adapter for all policies fits the
+one size that it gives.) The other way to compose, an adapter for each category and
+their updates added, takes the same functions; see paper.py.
 
 LoRA is written out below, 40 lines, rather than taken from peft: the benchmarks then
 run with this repository's five packages, and adding, merging and taking back updates
@@ -120,7 +120,10 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def sft_loss(model: Model, tokenizer: Tokenizer, wanted: list[Row], other) -> Tensor:
-    """Cross-entropy of the wanted answers, refusals and others weighing alike."""
+    """Cross-entropy of the wanted answers, mean over all their tokens.
+
+    As usual for SFT; `mosaic.train` gives refusals and other answers a mean each.
+    """
     batch = mosaic.make_batch(model, tokenizer, wanted)
     logits, labels, _ = mosaic.answer_logits(model, batch)
     return mosaic.answer_loss(logits, labels)
@@ -172,22 +175,26 @@ def train_lora(
     optimizer = torch.optim.Adam(weights)
     refusal, draw = mosaic.refusal_ids(model, tokenizer, mosaic.REFUSAL), sampler.draw
     length = partial(mosaic.task_length, known)
-    for epoch in range(config.epochs):
-        batches = sampler.epoch(config.orders, config.batch_size, length)
-        for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
-            wanted, other = [], []
-            for request, policy in tasks:
-                # In any order, as control tokens are trained.
-                prompt = ids(request.prompt, draw.sample(policy, len(policy)))
-                pair = [refusal, known[request].row.answer]
-                if request.category not in policy:
-                    pair.reverse()
-                wanted.append(Row(prompt, None, pair[0]))
-                other.append(Row(prompt, None, pair[1]))
-            cosine = math.cos(math.pi * (epoch + i / len(batches)) / config.epochs)
-            optimizer.param_groups[0]["lr"] = config.learning_rate * (1 + cosine) / 2
-            optimizer.zero_grad()
-            loss(model, tokenizer, wanted, other).backward()
-            optimizer.step()
-    remove_lora(model)
-    return {name: one.delta().detach() for name, one in added.items()}
+    try:
+        for epoch in range(config.epochs):
+            batches = sampler.epoch(config.orders, config.batch_size, length)
+            for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
+                wanted, other = [], []
+                for request, policy in tasks:
+                    # In any order, as control tokens are trained.
+                    prompt = ids(request.prompt, draw.sample(policy, len(policy)))
+                    pair = [refusal, known[request].row.answer]
+                    if request.category not in policy:
+                        pair.reverse()
+                    wanted.append(Row(prompt, None, pair[0]))
+                    other.append(Row(prompt, None, pair[1]))
+                cosine = math.cos(math.pi * (epoch + i / len(batches)) / config.epochs)
+                optimizer.param_groups[0]["lr"] = (
+                    config.learning_rate * (1 + cosine) / 2
+                )
+                optimizer.zero_grad()
+                loss(model, tokenizer, wanted, other).backward()
+                optimizer.step()
+        return {name: one.delta().detach() for name, one in added.items()}
+    finally:
+        remove_lora(model)

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+from itertools import chain
 from pathlib import Path
 
 import palette
@@ -27,7 +28,8 @@ PAPER_GROWTH = {
     "+2": "99.4 / 3.6",
     "+1+1": "99.3 / 4.2",
 }
-BEGIN, END = "<!-- results: paper.py --readme writes this -->", "<!-- results end -->"
+SIDES = {"subsets": ("seen", "unseen"), "permutations": ("canonical", "permuted")}
+PLOTS, CATEGORIES = "tests/benchmarks/results", 5
 
 
 def hardware(threads: int) -> str:
@@ -36,7 +38,7 @@ def hardware(threads: int) -> str:
     text = path.read_text() if path.exists() else ""
     name = re.search(r"model name\s*: (.*)", text)
     name = name[1].strip() if name else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {threads} threads a cell"
+    return f"{name}, {os.cpu_count()} cores, threads of a cell: {threads}"
 
 
 # --- Numbers --------------------------------------------------------------------------
@@ -62,8 +64,11 @@ def orders_of(results: list[dict]) -> list[int]:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(palette.table(heads, rows)).strip()
+
+
+def by_order(*heads: str, last: int = 5) -> list[str]:
+    return [*heads, *(f"order {r}" for r in range(1, last + 1))]
 
 
 def line_of(results: list[dict], kind: str) -> list[float]:
@@ -81,11 +86,13 @@ def table_1(rows: dict[str, list[dict]]) -> str:
             f"{spread(rates(results, r, 'over_refusal'))}"
             for r in orders_of(results)
         ]
-        body.append([name, f"{results[0]['numbers']:,}", *cells])
+        trained = f"{results[0]['numbers']:,}"
+        if name.startswith("MOSAIC") or "added" in name:
+            trained = f"{results[0]['numbers'] // CATEGORIES:,} per category"
+        body.append([name, trained, *cells])
         if name in PAPER:
             body.append(["the paper's", "", *PAPER[name].split(", "), "-"])
-    heads = ["DSR / OR, %", "numbers trained", *(f"order {r}" for r in range(1, 6))]
-    return table(heads, body)
+    return table(by_order("DSR / OR, %", "numbers trained"), body)
 
 
 def near_misses(rows: dict[str, list[dict]]) -> str:
@@ -93,7 +100,17 @@ def near_misses(rows: dict[str, list[dict]]) -> str:
         [name, *(spread(rates(results, r, "near_miss")) for r in orders_of(results))]
         for name, results in rows.items()
     ]
-    return table(["near-miss OR, %", *(f"order {r}" for r in range(1, 6))], body)
+    return table(by_order("near-miss OR, %"), body)
+
+
+def intervals(result: dict) -> str:
+    """One run's shares with their 95% Wilson intervals and n."""
+    names = {"dsr": "DSR", "over_refusal": "OR", "near_miss": "near-miss OR"}
+    body = [
+        [name, *(palette.shown(row[kind]) for row in result["orders"])]
+        for kind, name in names.items()
+    ]
+    return table(by_order("% [95%] (n)"), body)
 
 
 def table_2(rows: dict[str, list[dict]]) -> str:
@@ -109,26 +126,27 @@ def table_2(rows: dict[str, list[dict]]) -> str:
                     for r in orders
                 ]
                 body.append([name, shown, *cells])
-    return table(["neutral answers", "", *(f"order {r}" for r in range(1, 6))], body)
+    return table(by_order("neutral answers", ""), body)
+
+
+def shared(stage: dict, kind: str) -> float:
+    """A stage's mean share in percent over orders 1 and 2, which all stages have."""
+    return 100 * mean([row[kind]["rate"] for row in stage["orders"][:2]])
 
 
 def table_3(rows: dict[str, list[dict]]) -> str:
     stages, body = rows["growth"][0]["stages"], []
     for stage, found in stages.items():
-        orders = found["orders"]
-        both = [
-            100 * mean([row[kind]["rate"] for row in orders])
-            for kind in ("dsr", "over_refusal")
-        ]
         shown = [
             f"{100 * row['dsr']['rate']:.1f} / {100 * row['over_refusal']['rate']:.1f}"
-            for row in orders
+            for row in found["orders"]
         ]
         shown += ["-"] * (4 - len(shown))
-        average = f"{both[0]:.1f} / {both[1]:.1f}"
-        body.append([stage, average, PAPER_GROWTH[stage], *shown])
-    heads = ["stage", "mean DSR / OR, %", "the paper's"]
-    return table([*heads, *(f"order {r}" for r in range(1, 5))], body)
+        both = f"{shared(found, 'dsr'):.1f} / {shared(found, 'over_refusal'):.1f}"
+        body.append([stage, ", ".join(found["categories"]), both])
+        body[-1] += [PAPER_GROWTH[stage], *shown]
+    heads = ["stage", "categories", "orders 1 and 2, DSR / OR, %", "the paper's"]
+    return table(by_order(*heads, last=4), body)
 
 
 def knob(rows: dict[str, list[dict]]) -> str:
@@ -141,78 +159,144 @@ def knob(rows: dict[str, list[dict]]) -> str:
         ]
         for name, some in rows.items()
     ]
-    return table(["DSR / OR, %", *(f"order {r}" for r in range(1, 6))], body)
+    return table(by_order("DSR / OR, %"), body)
 
 
-def two_sides(found: dict[str, dict]) -> str:
+def two_sides(rows: dict[str, list[dict]], key: str) -> str:
     """Per order, two sides of DSR and OR, and how far apart."""
-    body = []
-    for order, sides in found.items():
-        for kind, name in (("dsr", "DSR"), ("over_refusal", "OR")):
-            a, b = (100 * side[kind]["rate"] for side in sides.values())
-            harmonic = 2 * a * b / (a + b) if a + b else 0.0
-            cells = [f"{order}, {name}", f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}"]
-            body.append([*cells, f"{harmonic:.1f}"])
-    first = next(iter(found.values()))
-    return table(["order", *first, "difference", "harmonic mean"], body)
+    body, a, b = [], *SIDES[key]
+    for name, results in rows.items():
+        for order, sides in results[0][key].items():
+            for kind, shown in (("dsr", "DSR"), ("over_refusal", "OR")):
+                x, y = (palette.shown(sides[side][kind]) for side in (a, b))
+                cells = [x, y, f"{gap(sides, key, kind):+.1f}"]
+                cells += [f"{harmonic(sides, key, kind):.1f}"]
+                body.append([name, f"{order}, {shown}", *cells])
+    return table(["", "order", a, b, "difference", "harmonic mean"], body)
 
 
-# --- What the paper claims, and what is found here ------------------------------------
-
-
-def claims(rows: dict[str, dict[str, list[dict]]]) -> list[tuple[str, str, str]]:
-    """(claim, holds here, figures), for what the cells at hand can tell."""
-    said = []
-
-    def claim(text: str, fails: list, detail: str) -> None:
-        where = "at order " + ", ".join(map(str, fails))
-        said.append((text, "yes" if not fails else f"no, {where}", detail))
-
-    def numbers(values: list[float]) -> str:
-        return " / ".join(f"{value:.1f}" for value in values)
-
-    def both(name, a, b, kind, fails, text) -> None:
-        x, y = (line_of(some, kind) for some in (a, b))
-        bad = [r for r, (p, q) in enumerate(zip(x, y), 1) if fails(p, q)]
-        claim(text, bad, f"{numbers(x)} against {numbers(y)}")
-
-    def falls(some, text) -> None:
-        x = line_of(some, "dsr")
-        bad = [r for r in range(2, len(x) + 1) if x[r - 1] >= x[r - 2]]
-        claim(text, bad, numbers(x))
-
-    if main := rows.get("table 1"):
-        ours, sft = main["MOSAIC-5"], main["SFT (LoRA)"]
-        both("", ours, sft, "dsr", lambda a, b: a < b, "MOSAIC-5: DSR at least SFT's")
-        both(
-            "", ours, sft, "over_refusal", lambda a, b: a > b / 2,
-            "MOSAIC-5: OR at most half of SFT's",
-        )  # fmt: skip
-        falls(main["in context"], "a written instruction: DSR falls with the order")
-    if parts := rows.get("figure 4"):
-        falls(parts["without compositions"], "without compositions DSR falls with it")
-        both(
-            "", parts["MOSAIC-5"], parts["without KD"], "over_refusal",
-            lambda a, b: a >= b, "KD lowers OR",
-        )  # fmt: skip
-    for name, text in (
-        ("unseen", "subsets never trained on: DSR within 1 point of seen ones"),
-        ("permutations", "token sets in another order: DSR within 1 point"),
-    ):
-        if rows.get(name):
-            (found,) = next(iter(rows[name].values()))[:1]
-            sides = found["subsets" if name == "unseen" else "permutations"]
-            gaps = {r: gap(side) for r, side in sides.items()}
-            bad = [r for r, value in gaps.items() if abs(value) > 1]
-            shown = ", ".join(f"order {r}: {v:+.1f}" for r, v in gaps.items())
-            claim(text, bad, shown)
-    return said
-
-
-def gap(sides: dict[str, dict]) -> float:
-    """How far the second side's DSR lies above the first's, in points."""
-    a, b = (100 * side["dsr"]["rate"] for side in sides.values())
+def gap(sides: dict[str, dict], key: str, kind: str = "dsr") -> float:
+    """How far the second side lies above the first, in points."""
+    a, b = (100 * sides[side][kind]["rate"] for side in SIDES[key])
     return b - a
+
+
+def harmonic(sides: dict[str, dict], key: str, kind: str) -> float:
+    a, b = (100 * sides[side][kind]["rate"] for side in SIDES[key])
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+# --- What was asked, and what is found ------------------------------------------------
+
+
+Claim = tuple[str, list, str]  # what, the orders (or stages) where it fails, figures
+
+
+def numbers(values: list[float]) -> str:
+    return " / ".join(f"{value:.1f}" for value in values)
+
+
+def compared(text: str, some: list, other: list, kind: str, holds) -> Claim:
+    """A claim on one line of figures against another, order by order."""
+    x, y = (line_of(results, kind) for results in (some, other))
+    fails = [r for r, (a, b) in enumerate(zip(x, y), 1) if not holds(a, b)]
+    return text, fails, f"{numbers(x)} against {numbers(y)}"
+
+
+def falling(text: str, some: list) -> Claim:
+    x = line_of(some, "dsr")
+    return text, [r for r in range(2, len(x) + 1) if x[r - 1] >= x[r - 2]], numbers(x)
+
+
+def claims_on_methods(rows: dict[str, list[dict]]) -> list[Claim]:
+    ours, sft = rows["MOSAIC-5"], rows["SFT (LoRA)"]
+    half = lambda a, b: a <= b / 2
+    return [
+        compared("MOSAIC-5: DSR at least SFT's", ours, sft, "dsr", float.__ge__),
+        compared("MOSAIC-5: OR at most half SFT's", ours, sft, "over_refusal", half),
+        falling("a written instruction's DSR falls with the order", rows["in context"]),
+    ]
+
+
+def claims_on_parts(rows: dict[str, list[dict]]) -> list[Claim]:
+    whole, bare = rows["MOSAIC-5"], rows["without KD"]
+    alone = rows["without compositions"]
+    less = float.__lt__
+    return [
+        falling("without compositions DSR falls with the order", alone),
+        compared("KD lowers OR", whole, bare, "over_refusal", less),
+    ]
+
+
+def claims_on_tokens(rows: dict[str, list[dict]]) -> list[Claim]:
+    dsr, over = (line_of(rows["1"], kind) for kind in ("dsr", "over_refusal"))
+    fails = [r for r, (a, b) in enumerate(zip(dsr, over), 1) if a < 98 or b > 10]
+    text = "one token a category: DSR over 98, OR under 10"
+    return [(text, fails, f"{numbers(dsr)}; {numbers(over)}")]
+
+
+def claims_on_negatives(rows: dict[str, list[dict]]) -> list[Claim]:
+    text = "four negatives for a positive lower OR by less than 5 points"
+    close = lambda a, b: a - b < 5
+    return [compared(text, rows["1"], rows["4"], "over_refusal", close)]
+
+
+def claims_on_lambda(rows: dict[str, list[dict]]) -> list[Claim]:
+    means = {
+        name: [mean(line_of(results, kind)) for kind in ("dsr", "over_refusal")]
+        for name, results in rows.items()
+    }
+    least = min(means, key=lambda name: means[name][1])
+    shown = ", ".join(f"{name}: {over:.1f}" for name, (_, over) in means.items())
+    best = ("OR is least for lambda in 0.8 .. 1.2", [], shown)
+    if not 0.8 <= float(least) <= 1.2:
+        best = (best[0], [f"lambda {least}"], shown)
+    moved = [n for n in means if abs(means[n][0] - means["1.0"][0]) > 3]
+    fails = [f"lambda {n}" for n in moved if 0.4 <= float(n) <= 1.6]
+    shown = ", ".join(f"{name}: {dsr:.1f}" for name, (dsr, _) in means.items())
+    return [best, ("DSR stays within 3 points for 0.4 .. 1.6", fails, shown)]
+
+
+def claims_on_growth(rows: dict[str, list[dict]]) -> list[Claim]:
+    stages = rows["growth"][0]["stages"]
+    dsr = {stage: shared(found, "dsr") for stage, found in stages.items()}
+    fails = [stage for stage in dsr if dsr[stage] < dsr["initial"] - 1]
+    shown = ", ".join(f"{stage}: {value:.1f}" for stage, value in dsr.items())
+    return [("growth costs at most 1 point of DSR at orders 1 and 2", fails, shown)]
+
+
+def claims_on_unseen(rows: dict[str, list[dict]]) -> list[Claim]:
+    """Beside a table that has seen all: some subsets are harder than others."""
+    half, every = (results[0]["subsets"] for results in rows.values())
+    more = {r: gap(half[r], "subsets") - gap(every[r], "subsets") for r in half}
+    shown = ", ".join(f"order {r}: {value:+.1f}" for r, value in more.items())
+    text = "never having trained on a subset costs at most 1 point of DSR"
+    return [(text, [r for r, value in more.items() if value < -1], shown)]
+
+
+def claims_on_permutations(rows: dict[str, list[dict]]) -> list[Claim]:
+    (results,) = rows.values()
+    sides = results[0]["permutations"]
+    gaps = {r: gap(side, "permutations") for r, side in sides.items()}
+    shown = ", ".join(f"order {r}: {value:+.1f}" for r, value in gaps.items())
+    text = "token sets in another order: DSR within 1 point"
+    return [(text, [r for r, value in gaps.items() if abs(value) > 1], shown)]
+
+
+def claims(rows: dict[str, dict[str, list[dict]]]) -> list[Claim]:
+    """What the cells at hand can tell of the paper's claims, and of open questions."""
+    on = {
+        "table 1": claims_on_methods,
+        "figure 4": claims_on_parts,
+        "table 3": claims_on_growth,
+        "figure 3": claims_on_tokens,
+        "figure 5": claims_on_negatives,
+        "figure 6": claims_on_lambda,
+        "unseen": claims_on_unseen,
+        "permutations": claims_on_permutations,
+    }
+    said = [judge(rows[name]) for name, judge in on.items() if name in rows]
+    return list(chain(*said))
 
 
 # --- Plots ----------------------------------------------------------------------------
@@ -237,6 +321,10 @@ def plot(path: Path, lines: dict[str, tuple[list, list, list]], x: str) -> None:
 
 
 def plots(rows: dict[str, dict[str, list[dict]]], folder: Path) -> None:
+    """The figures at hand as SVG files; none without matplotlib."""
+    if not pyplot:
+        return
+
     def along_orders(some):
         return {
             name: (
@@ -283,15 +371,44 @@ TITLES = {
 }
 
 
+CAVEAT = (
+    "each answer counts as independent, but the same 200 requests come again under "
+    "many policies, so true intervals are wider:"
+)
+NOTES = {
+    "table 1": "One adapter, or one table, serves every policy. Adapters read it as a "
+    "written rule; SFT had 4 epochs, ORPO 2 at twice the price, tokens 8; the rate of "
+    "adapters was not tuned. Adapters added: one for each category, trained alone, on "
+    "the plain request. Mean of seeds [lowest, highest]; the paper's: Llama-3.2-3B.",
+    "table 2": "On the backbone's own answers to neutral test requests: KL(without || "
+    "with) in nats a token, how often both put the same token first, and perplexity. "
+    "The paper has MMLU alone (--mmlu), which this backbone cannot do.",
+    "table 3": "Seed 0. Every stage trains its new tokens only; older vectors are "
+    "checked to be bit-identical. The paper gives one figure a stage.",
+    "figure 3": "Seed 0, 4 epochs. The paper: one token already gives DSR over 98.",
+    "figure 4": "Seed 0, 4 epochs, as many steps without compositions. The paper: DSR "
+    "without them is about 50 at order 2 and 33 at order 3; without KD OR rises.",
+    "figure 5": "Seed 0, 4 epochs; more negatives are more steps, too. The paper: more "
+    "than 1:1 helps little.",
+    "figure 6": "Seed 0, 4 epochs. The paper: OR is best for 0.8 to 1.2, DSR holds for "
+    "0.4 to 1.6.",
+    "unseen": "Trained on half of the subsets of orders 1 to 4 (3 of 5, 5 of 10, 5 of "
+    "10, 3 of 5) or on all, seed 0, 4 epochs; either table under both halves.",
+    "permutations": "All other orders of the token sets at order 3; five at 4 and 24 "
+    "at 5, drawn by a seed; for the table of MOSAIC-5 with seed 0.",
+}
+
+
 def section(name: str, rows: dict[str, list[dict]]) -> str:
     """One table or figure as Markdown."""
-    first = next(iter(rows.values()))[0]
     if name == "table 1":
-        return f"{table_1(rows)}\n\n{near_misses(rows)}"
+        seed_0 = "MOSAIC-5 with seed 0 and 95% Wilson intervals; " + CAVEAT
+        first = intervals(rows["MOSAIC-5"][0])
+        return "\n\n".join([table_1(rows), near_misses(rows), seed_0, first])
     if name == "palette":
-        return palette.markdown(first)
+        return palette.markdown(next(iter(rows.values()))[0])
     if name in ("unseen", "permutations"):
-        return two_sides(first["subsets" if name == "unseen" else "permutations"])
+        return two_sides(rows, "subsets" if name == "unseen" else name)
     return {"table 2": table_2, "table 3": table_3}.get(name, knob)(rows)
 
 
@@ -303,21 +420,68 @@ def rows_of(grid: dict, found: dict) -> dict[str, dict[str, list[dict]]]:
 
 
 def claims_table(rows: dict[str, dict[str, list[dict]]]) -> str:
-    return table(["claim", "here", "figures, %"], [[*one] for one in claims(rows)])
+    body = []
+    for text, fails, shown in claims(rows):
+        where = ", ".join(map(str, fails))
+        where = f"order {where}" if where[:1].isdigit() else where
+        body.append([text, f"no: {where}" if fails else "yes", shown])
+    return table(["asked", "holds here", "figures, %"], body)
 
 
-def markdown(grid: dict, found: dict, folder: Path) -> str:
-    """Every table that was asked for; plots and a README.md beside the cells."""
-    rows = rows_of(grid, found)
+def markdown(rows: dict[str, dict[str, list[dict]]]) -> str:
+    """Every table that was asked for."""
     parts = ["# The paper's evidence, remade"]
-    if pyplot:
-        plots(rows, folder)
-    for name in TITLES:
+    for name, title in TITLES.items():
         if name in rows:
-            parts += [f"## {TITLES[name]}", section(name, rows[name])]
+            parts += [f"## {title}", NOTES.get(name, ""), section(name, rows[name])]
     if claims(rows):
-        parts += ["## What the paper claims, and what is found here"]
-        parts += [claims_table(rows)]
-    text = "\n\n".join(parts) + "\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+        parts += ["## What was asked, and what is found", claims_table(rows)]
+    every = [
+        one for some in rows.values() for results in some.values() for one in results
+    ]
+    parts += [f"Hardware: {'; '.join(sorted({one['hardware'] for one in every}))}."]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+# --- README ---------------------------------------------------------------------------
+
+
+def headline(rows: dict[str, list[dict]]) -> str:
+    names = {
+        "untouched backbone": "untouched backbone",
+        "in context": "written instruction",
+        "MOSAIC-5": "**MOSAIC**",
+    }
+    body = []
+    for key, name in names.items():
+        dsr, over = (line_of(rows[key], kind) for kind in ("dsr", "over_refusal"))
+        body.append([name, *(f"{dsr[r]:.1f} / {over[r]:.1f}" for r in (0, 2, 4))])
+    what = "declined, %: of what is off / of all else"
+    return table([what, "one category off", "three off", "all five off"], body)
+
+
+def results(rows: dict[str, dict[str, list[dict]]]) -> str:
+    main = rows["table 1"]
+    return "\n\n".join(
+        [
+            table_1(main),
+            NOTES["table 1"],
+            f"MOSAIC-5 with seed 0 and 95% Wilson intervals; {CAVEAT}",
+            intervals(main["MOSAIC-5"][0]),
+            f"![DSR and OR of each method by order]({PLOTS}/table_1.svg)",
+            f"![the same without compositions, without KD]({PLOTS}/figure_4.svg)",
+            claims_table(rows),
+        ]
+    )
+
+
+def write_readme(text: str, rows: dict[str, dict[str, list[dict]]]) -> str:
+    """README with its two marked blocks written anew. ValueError: a mark is missing."""
+    blocks = {"headline": headline(rows["table 1"]), "results": results(rows)}
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}: written by paper.py -->", f"<!-- end of {name} -->"
+        if text.count(begin) != 1 or end not in text.partition(begin)[2]:
+            raise ValueError(f"README has no {begin} before {end}")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
     return text
