@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -659,7 +660,8 @@ def test_training_is_adam_on_the_weighted_sum_with_a_cosine_to_zero(
     known = mosaic.reference_answers(model, tokenizer, requests, 8)
     adam = torch.optim.Adam(twin.parameters())
     for epoch in range(2):
-        todo = batches.epoch((1, 2), 8)
+        length = functools.partial(mosaic.task_length, known)
+        todo = batches.epoch((1, 2), 8, length)
         for step, tasks in enumerate(todo):
             done = (epoch + step / len(todo)) / 2
             adam.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * done))
@@ -821,7 +823,7 @@ def test_training_with_every_category_frozen_is_refused(
 
 def test_a_trained_table_beats_the_untouched_backbone(backbone, tokenizer, requests):
     table = ControlTokens.for_model(backbone, tokenizer, ["alcohol", "betting"])
-    config = TrainConfig(epochs=6, positives_per_subset=60)
+    config = TrainConfig(epochs=5, positives_per_subset=60)
     history = mosaic.train(backbone, tokenizer, table, requests, config)
     assert history[-1]["refusal"] < history[0]["refusal"]
 
