@@ -106,25 +106,20 @@ def fingerprint(model: Model) -> str:
 
 @contextlib.contextmanager
 def beside(path: str) -> Iterator[str]:
-    """Write to the path given, beside `path`; then it is renamed: never half of it.
+    """Write to the path given, beside `path`, whose place it then takes as a whole.
 
     OSError: it cannot be written. What was there before is there still.
     """
-    part = f"{path}.part"
-
-    def clear() -> None:
-        for remove in (os.remove, shutil.rmtree):  # a file, or a folder
-            with contextlib.suppress(OSError):
-                remove(part)
-
-    clear()  # what a killed run may have left
+    room = f"{path}.part"
+    shutil.rmtree(room, ignore_errors=True)  # what a killed run may have left
     try:
-        yield part
-        os.replace(part, path)
+        os.mkdir(room)
+        yield f"{room}/whole"
+        os.replace(f"{room}/whole", path)
     except Exception as error:  # torch and safetensors have kinds of their own
         raise OSError(f"cannot write {path} (is there room?): {error}") from error
     finally:
-        clear()
+        shutil.rmtree(room, ignore_errors=True)
 
 
 class ControlTokens(nn.Module):
@@ -451,7 +446,7 @@ class OrderSampler:
         self, orders: Sequence[int], batch_size: int,
         length: Callable[[Task], int] = lambda task: 0,
     ) -> list[list[Task]]:
-        """Batches of one order each, positives and negatives, cycling over orders.
+        """Batches of one order each, positives then negatives, cycling over orders.
 
         Tasks of about one `length` share a batch: half as much padding.
         """
@@ -716,7 +711,6 @@ def train(
     for epoch in range(config.epochs):
         batches, steps = sampler.epoch(orders, config.batch_size, length), []
         for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
-            tasks = sorted(tasks, key=lambda task: not task.refuse)  # positives first
             rows = task_rows(tokens, tasks, known, goal, draw, config.prefill)
             if epoch < len(history):  # taken up: what was drawn before is drawn again
                 continue

@@ -768,8 +768,10 @@ def pretrain(options) -> None:
 
 
 @torch.no_grad()
-def replies(model, tokenizer, conversations, batch_size: int = 128) -> list[str]:
-    """The model's greedy answers, by plain transformers: no tokens, no special case."""
+def replies(
+    model, tokenizer, conversations, most: int, batch_size: int = 128
+) -> list[str]:
+    """Greedy answers of up to `most` tokens, by plain transformers: no special case."""
     encoded = tokenizer.apply_chat_template(
         list(conversations), add_generation_prompt=True, return_dict=True
     )["input_ids"]
@@ -782,7 +784,7 @@ def replies(model, tokenizer, conversations, batch_size: int = 128) -> list[str]
             padding_side="left",
             return_tensors="pt",
         )
-        out = model.generate(**batch, do_sample=False, max_new_tokens=64)
+        out = model.generate(**batch, do_sample=False, max_new_tokens=most)
         for i, row in zip(group, out[:, batch["input_ids"].shape[1] :]):
             answers[i] = tokenizer.decode(row)  # keeps <|end|>: the report asks for it
     return answers
@@ -826,14 +828,17 @@ def told(lists: Lists, answer: str) -> str | None:
     return next((s.name for s in subjects if answer.startswith(s.opening)), None)
 
 
+OPENING = 20  # tokens, in which an answer has declined or named its topic
+
+
 def report(folder: Path = HERE / "tiny_chat", seed: int = 0) -> dict:
     """Every figure that the embedded backbone is held to, on requests it never saw."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lists, draw = Lists(), random.Random(seed)
-    say = lambda chats: replies(model, tokenizer, chats)
+    say = lambda chats: replies(model, tokenizer, chats, OPENING)
     rows = read_rows("requests")
-    answers = say([ask(row["request"]) for row in rows])
+    answers = replies(model, tokenizer, [ask(row["request"]) for row in rows], 64)
     return {
         **on_requests(lists, tokenizer, rows, answers),
         **on_held_out(lists, say),

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -208,9 +209,17 @@ def test_every_way_reads_its_policy_and_adds_its_updates(lab):
     assert moved["bare"] < 1e-6 and moved["adapter"] > 10 * moved["rule"] > 0
 
 
-def test_growth_keeps_older_tokens_and_evaluates_its_own_categories(lab, monkeypatch):
-    monkeypatch.setattr(mosaic, "subsets", few_subsets(mosaic.subsets))
-    stages = paper.measure(lab, paper.Cell("growth"))["stages"]
+def test_the_command_runs_its_cells_in_workers_once_and_prints_them(tmp_path):
+    script = ROOT / "tests" / "benchmarks" / "paper.py"
+    command = [sys.executable, str(script), "--table", "3", "--quick", "--workers", "1"]
+    for told in (1, 0):
+        done = subprocess.run(
+            [*command, "--results", str(tmp_path)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("finished: growth") == told
+        assert "| +1+1 | alcohol, betting, horror, sex |" in done.stdout
+    stages = json.loads((tmp_path / "growth.json").read_text())["stages"]
     assert [len(stage["categories"]) for stage in stages.values()] == [2, 3, 4, 4]
     assert [len(stage["orders"]) for stage in stages.values()] == [2, 3, 4, 4]
 

@@ -100,7 +100,10 @@ class Bench:
             for q in some:
                 self.asked[name][q["split"]].append(q["request"])
         plain = self.asked["neutral"]["test"][: settings.tested]
-        self.neutral = self.answered(plain, plain)
+        neutral = self.answered(plain, plain)
+        self.neutral = mosaic.make_batch(self.model, self.tokenizer, neutral)
+        with torch.no_grad():
+            self.base = mosaic.answer_logits(self.model, self.neutral)[0]  # (N, V)
 
     def unsafe(self) -> dict[str, list[str]]:
         """To train: from the word lists, but for what resembles a held-out request."""
@@ -369,13 +372,12 @@ def measure(bench: Bench, updates: Updates, allowed=(), before=None) -> dict:
     """
     model, tokenizer, size = bench.model, bench.tokenizer, bench.settings.answer_tokens
     pairs = [(name, q) for name in GROUPS for q in bench.asked[name]["test"]]
-    batch = mosaic.make_batch(model, tokenizer, bench.neutral)
-    base = mosaic.answer_logits(model, batch)[0]  # (N, V)
     with merged(bench.layers, updates):
-        now = mosaic.answer_logits(model, batch)[0]  # (N, V)
+        now = mosaic.answer_logits(model, bench.neutral)[0]  # (N, V)
         said = mosaic.generate(
             model, tokenizer, None, [q for _, q in pairs], None, size
         )
+    same = bench.base.argmax(-1) == now.argmax(-1)  # (N,)
     declined = [*map(mosaic.is_refusal, said)]
     own = [(d, a) for (d, _), a in zip(pairs, said) if d in allowed]
     words = [a.startswith(bench.words[d]["opening"][0][0]) for d, a in own]
@@ -392,8 +394,8 @@ def measure(bench: Bench, updates: Updates, allowed=(), before=None) -> dict:
         "kept_domains": mosaic.share(kept["domains"]),
         "kept_unsafe": mosaic.share(kept["unsafe"]),
         "leak": {name: mosaic.share(found) for name, found in leak.items()},
-        "kl": mosaic.counterfactual_kd(base, now).item(),
-        "top1_agreement": (base.argmax(-1) == now.argmax(-1)).float().mean().item(),
+        "kl": mosaic.counterfactual_kd(bench.base, now).item(),
+        "top1_agreement": same.float().mean().item(),
     }  # fmt: skip
 
 

@@ -44,9 +44,15 @@ import palette
 import peers
 import report
 from mosaic import NEUTRAL, ControlTokens, OrderSampler, Task, TrainConfig
-from train_demo import EMBEDDED, instruct, load_backbone, read_requests, takes_system
+from train_demo import (
+    EMBEDDED,
+    JUDGED_TOKENS,
+    instruct,
+    load_backbone,
+    read_requests,
+    takes_system,
+)
 
-JUDGED = 12  # new tokens of an answer that is judged: whether it declines shows early
 # The adapters' rate of Adam, and four epochs for them: tried once, on validation
 # (SFT, two epochs: DSR 89 / 88 / 91 at orders 1, 3, 5), not tuned.
 ADAPTERS, LORA_RATE = ("orpo", "sft", "added"), 0.003
@@ -177,7 +183,9 @@ class Way:
 
     def said(self, rows: list[mosaic.Row]) -> list[str]:
         """The answers to rows, as far as they are judged."""
-        out = mosaic.generate_ids(self.lab.model, self.lab.tokenizer, rows, JUDGED)
+        out = mosaic.generate_ids(
+            self.lab.model, self.lab.tokenizer, rows, JUDGED_TOKENS
+        )
         decode = functools.partial(self.lab.tokenizer.decode, skip_special_tokens=True)
         return [decode(ids).strip() for ids in out]
 

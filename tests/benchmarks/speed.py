@@ -89,7 +89,6 @@ class Job:
 
 
 def ours(job, tasks, draw, known=None):
-    tasks = sorted(tasks, key=lambda task: not task.refuse)
     rows = mosaic.task_rows(job.tokens, tasks, job.known, job.refusal, draw)
     losses = mosaic.task_losses(
         job.model, job.tokenizer, tasks, rows, known or job.known
