@@ -211,7 +211,7 @@ def test_every_way_reads_its_policy_and_adds_its_updates(lab):
 
 def test_the_command_runs_its_cells_in_workers_once_and_prints_them(tmp_path):
     script = ROOT / "tests" / "benchmarks" / "paper.py"
-    command = [sys.executable, str(script), "--table", "3", "--quick", "--workers", "1"]
+    command = [sys.executable, str(script), "--table", "3", "--quick"]
     for told in (1, 0):
         done = subprocess.run(
             [*command, "--results", str(tmp_path)], capture_output=True, text=True
