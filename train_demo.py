@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "data_sample" / "tiny_chat"
 ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
 ANSWER_TOKENS = 64  # answers that are shown or learned from are cut here
-JUDGED_TOKENS = 12  # and those that are only judged: whether one declines shows early
+JUDGED_TOKENS = 8  # and those that are only judged: whether one declines shows early
 FORM = '{"request": "...", "category": "...", "split": "train"}'
 SPLITS = ("train", "validation", "test")
 HUB_NAME = r"\w[\w.-]*/[\w.-]+"
@@ -110,17 +110,17 @@ def main() -> None:
     parameters = sum(weight.numel() for weight in model.parameters())
     say_what_learns(requests, tokens, f"{parameters:,} weights of {name} on {device}")
 
-    # Show: what the untouched backbone says to the test requests.
+    # Ask: what the untouched backbone declines by itself.
     test = [request for request in requests if request.split == "test"]
     asked = [request.prompt for request in test]
     answers = generate(
-        model, tokenizer, None, asked, None, ANSWER_TOKENS, title="untouched")
+        model, tokenizer, None, asked, None, JUDGED_TOKENS, title="untouched")
     plain = dict(zip(asked, answers))
 
     # Train: the tokens alone, against the backbone's own answers.
-    clock = [time.time()] * 3  # start, reference answers made, tokens trained
+    started = referred = trained = time.time()
     if learns := not flags.tokens or bool(flags.add):
-        clock[1:] = train(flags, model, tokenizer, tokens, requests)
+        referred, trained = train(flags, model, tokenizer, tokens, requests)
 
     # Evaluate: the policies of every order, the same test requests for each method.
     system = takes_system(tokenizer)
@@ -137,7 +137,7 @@ def main() -> None:
              for title, respond in ways.items()}
     policies = [*([category] for category in tokens.categories), tokens.categories]
     moved = mosaic.drift(model, tokenizer, tokens, test, policies)
-    clock.append(time.time())
+    evaluated = time.time()
     print_table(table, moved)
 
     # Compose: a request of each category under four policies. Save, export.
@@ -149,8 +149,8 @@ def main() -> None:
                      "n": declined["n"]},
         "orders": table["MOSAIC"], "drift": moved,
         "instruction": table["written instruction"],
-        "seconds": {part: clock[i + 1] - clock[i] for i, part in enumerate(
-            ("reference", "train", "evaluate"))}}
+        "seconds": {"reference": referred - started, "train": trained - referred,
+                    "evaluate": evaluated - trained}}
     write_results(flags.output, tokens if learns else None, results, shown)
     if flags.export:
         mosaic.export_checkpoint(model, tokenizer, tokens, flags.export)
@@ -160,20 +160,23 @@ def main() -> None:
 # --- Its parts ------------------------------------------------------------------------
 
 
-def train(flags, model, tokenizer, tokens: ControlTokens, requests) -> list[float]:
+def train(
+    flags, model, tokenizer, tokens: ControlTokens, requests
+) -> tuple[float, float]:
     """Train the table; returns when reference answers, and when tokens were ready."""
     config = TrainConfig(
         orders=tuple(flags.orders), epochs=flags.epochs, kd_weight=flags.kd_weight,
         learning_rate=flags.learning_rate, batch_size=flags.batch_size, seed=flags.seed)
     learn = [request for request in requests if request.split == "train"]
-    known = mosaic.reference_answers(model, tokenizer, learn, config.answer_tokens)
+    some = config.answer_tokens, 4 * config.batch_size
+    known = mosaic.reference_answers(model, tokenizer, learn, *some)
     later = in_later_turns(learn, known, tokenizer, flags)
     if later:
-        known |= mosaic.reference_answers(model, tokenizer, later, config.answer_tokens)
+        known |= mosaic.reference_answers(model, tokenizer, later, *some)
     referred = time.time()
     learn = learn + later
     mosaic.train(model, tokenizer, tokens, learn, config, known, unfinished(flags))
-    return [referred, time.time()]
+    return referred, time.time()
 
 
 def say_what_learns(requests, tokens: ControlTokens, frozen: str) -> None:
@@ -222,7 +225,8 @@ def print_table(table: dict[str, list[dict]], moved: dict[str, float]) -> None:
         shown.append(percent([cell["near_miss"] for cell in cells]))
         print(f"{title:20}" + "".join(f"{cell:>14}" for cell in shown))
     print(f"\ndrift on neutral answers: KL {moved['kl']:.4f} nats a token, "
-          f"the same token first in {moved['top1_agreement']:.1%}")
+          f"the same token first in {moved['top1_agreement']:.1%}\nempty or degenerate "
+          f"answers: {percent([cell['degenerate'] for cell in table['MOSAIC']])}%")
 
 
 def percent(shares: list[dict[str, float]]) -> str:

@@ -10,9 +10,11 @@ from conftest import CATEGORIES, EMBEDDED, ROOT
 
 import mosaic
 from mosaic import REFUSAL, ControlTokens
+from train_demo import read_requests
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import fuzz
+import placement
 import robustness
 
 CASES = [
@@ -22,8 +24,11 @@ CASES = [
 
 
 def test_the_judge_cases_are_what_the_data_card_says():
-    assert set(Counter(case["kind"] for case in CASES).values()) == {15}
-    assert len(CASES) == len({case["answer"] for case in CASES}) == 120
+    known = [case for case in CASES if not case["blind"]]
+    blind = Counter(case["kind"] for case in CASES if case["blind"])
+    assert set(Counter(case["kind"] for case in known).values()) == {15}
+    assert blind == {"refusal": 30, "answer": 10, "partial": 10, "sorry then help": 10}
+    assert len(known) == 120 and len({case["answer"] for case in CASES}) == 180
     labels = {(case["kind"], case["declined"]) for case in CASES}
     assert labels == {
         ("refusal", True),
@@ -96,11 +101,19 @@ def test_the_judges_are_counted_by_hand(job, monkeypatch):
     )
     table = robustness.judges(job)
     always = table["model (the backbone)"]
-    assert always["accuracy"]["rate"] == always["precision"] == 0.5
-    assert always["recall"] == 1 and always["wrong"]["answer"] == 15
-    assert always["neither, called a refusal"] == mosaic.share([True] * 30)
+    assert always["accuracy"]["rate"] == always["accuracy, blind"]["rate"] == 0.5
+    assert (always["accuracy"]["n"], always["accuracy, blind"]["n"]) == (90, 60)
+    assert always["recall"] == 1 and always["precision"] == 0.5
+    assert always["wrong"]["answer"] == 25 and always["wrong"]["refusal"] == 0
     match = table["template match"]
     assert match["precision"] == 1 and match["wrong"]["deflection"] == 15
+
+
+def test_no_answer_of_any_use_counts_as_none():
+    found = robustness.degenerate()
+    assert found["empty"]["rate"] == 1 and found["degenerate"]["rate"] > 0.4
+    others = {*found} - {"empty", "degenerate"}
+    assert len(others) == 6 and not any(found[kind]["rate"] for kind in others)
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -118,3 +131,21 @@ def test_the_fuzz_notices_a_wrong_answer(small, monkeypatch):
 @pytest.fixture(scope="module")
 def small(tokenizer):
     return fuzz.small_model(tokenizer), tokenizer
+
+
+def test_a_table_is_tried_at_its_own_place_and_the_other(small, monkeypatch):
+    requests = read_requests(str(ROOT / "data_sample" / "requests.jsonl"))
+    few = [q for q in requests if q.category in ("sex", "neutral")][::9]
+    config = mosaic.TrainConfig(epochs=1, positives_per_subset=2, answer_tokens=4)
+    seen = []
+
+    def generate(model, tokenizer, tokens, prompts, *more):
+        seen.append((tokens.about["placement"], mosaic.checksum(tokens)))
+        return ["Well."] * len(prompts)
+
+    monkeypatch.setattr(mosaic, "generate", generate)
+    found = [*placement.rows(*small, few, config, orders=(1,))]
+    places = [("after_bos",) * 2, ("after_bos", "before_bos"), ("before_bos",) * 2]
+    assert [row[:2] for row in found] == places
+    assert [place for place, _ in seen] == [used for _, used in places]
+    assert seen[0][1] == seen[1][1] != seen[2][1]  # the same table, then another

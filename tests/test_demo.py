@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import fields
+from types import SimpleNamespace
 
 import datasets
 import pandas
@@ -41,6 +42,24 @@ def demo(*flags, cwd):
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture
+def demo_here(monkeypatch, capsys):
+    """As `demo`, in this process: without six seconds of imports."""
+
+    def call(*flags, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["train_demo.py", *map(str, flags)])
+        code = 0
+        try:
+            train_demo.run()
+        except SystemExit as stopped:
+            code = stopped.code
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +116,7 @@ def test_a_short_run_beats_the_untouched_backbone(run):
             )
     assert [row["order"] for row in results["instruction"]] == [1, 2]
     assert [set(row) for row in results["instruction"]] == [
-        {"order", "policies", "dsr", "over_refusal", "near_miss"}
+        {"order", "policies", "dsr", "over_refusal", "near_miss", "degenerate"}
     ] * 2
     assert set(results["config"]) == {one.name for one in fields(train_demo.Flags)}
     assert set(results["backbone"]) == {"parameters", "refusal_rate", "n"}
@@ -118,9 +137,9 @@ def test_a_run_says_what_is_trained_and_shows_answers_under_policies(run):
     assert done.stdout.count("epoch ") == 4
 
 
-def test_a_saved_table_is_evaluated_without_training(run, small):
+def test_a_saved_table_is_evaluated_without_training(run, small, demo_here):
     _, results = run
-    done = demo(
+    done = demo_here(
         "--data",
         "small.jsonl",
         "--tokens",
@@ -139,7 +158,7 @@ def test_a_saved_table_is_evaluated_without_training(run, small):
     assert files == {"results.json", "report.html"}
 
 
-def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, small):
+def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, small, demo_here):
     kept, counts = [], Counter()
     for row in read("requests"):
         counts[row["category"], row["split"], row["near"]] += 1
@@ -150,7 +169,7 @@ def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, small):
     tokens = "runs/demo/tokens.safetensors"
     flags = ["--data", "grown.jsonl", "--tokens", tokens, "--add", "horror"]
     more = ["--epochs", 1, "--orders", 1, "--output", "grown", "--device", "cpu"]
-    done = demo(*flags, *more, "--export", "served", cwd=small)
+    done = demo_here(*flags, *more, "--export", "served", cwd=small)
     assert done.returncode == 0, done.stderr
     assert "trained: 960 numbers, 5 control tokens for each of horror" in done.stdout
     assert "frozen:  the tokens of alcohol, betting; 3,737,280 weights" in done.stdout
@@ -531,13 +550,14 @@ def test_a_mistake_ends_the_process_itself_with_code_2(tmp_path):
 
 
 def test_a_category_unknown_to_a_saved_table_is_named_with_its_line(
-    run, small, tmp_path
+    run, small, tmp_path, demo_here
 ):
     (tmp_path / "d.jsonl").write_text(
         '{"request": "a", "category": "tobacco", "split": "test"}\n', encoding="utf-8"
     )
     table = small / "runs" / "demo" / "tokens.safetensors"
-    done = demo("--data", "d.jsonl", "--tokens", table, "--device", "cpu", cwd=tmp_path)
+    flags = ["--data", "d.jsonl", "--tokens", table, "--device", "cpu"]
+    done = demo_here(*flags, cwd=tmp_path)
     assert (
         done.returncode == 2 and "d.jsonl:1: unknown category 'tobacco'" in done.stderr
     )
@@ -585,7 +605,7 @@ def test_a_weight_too_many_is_only_told(tmp_path, capsys):
     assert told in capsys.readouterr().out
 
 
-def test_one_category_and_one_with_a_strange_name_go_to_the_end(tmp_path):
+def test_one_category_and_one_with_a_strange_name_go_to_the_end(tmp_path, demo_here):
     lines, counts = [], Counter()
     for row in read("requests"):
         kind = row["category"], row["split"]
@@ -595,7 +615,8 @@ def test_one_category_and_one_with_a_strange_name_go_to_the_end(tmp_path):
                 row["category"] = row["category"].replace("sex", "all")
                 lines.append(json.dumps(row) + "\n")
     (tmp_path / "d.jsonl").write_text("".join(lines), encoding="utf-8")
-    done = demo("--data", "d.jsonl", "--epochs", 1, "--device", "cpu", cwd=tmp_path)
+    flags = ["--data", "d.jsonl", "--epochs", 1, "--device", "cpu"]
+    done = demo_here(*flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     files = {path.name for path in (tmp_path / "runs" / "demo").iterdir()}
     assert files == {"tokens.safetensors", "results.json", "report.html"}

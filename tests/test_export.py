@@ -65,6 +65,21 @@ def test_an_exported_checkpoint_has_the_logits_of_the_tokens(
             assert ids == prompt and torch.equal(own, plain)
 
 
+def test_vectors_keep_their_size_where_a_family_scales_them_in_bf16(
+    tokenizer, tmp_path
+):
+    model = tiny_model("gemma", tokenizer, hidden_size=40, head_dim=16).bfloat16()
+    scaled = model.get_input_embeddings()
+    scaled.embed_scale = torch.tensor(40**0.5)  # in fp32, as from_pretrained leaves it
+    tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES)
+    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
+    embed = reloaded(tmp_path / "out")[0].bfloat16().get_input_embeddings()
+    read = embed(torch.arange(len(tokenizer), len(embed.weight))).float()
+    own = torch.cat(list(tokens.vectors))
+    size = (read * own).sum() / (own * own).sum()
+    assert size.item() == pytest.approx(1, abs=5e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi"])  # phi has a bias in its head
 def test_control_tokens_get_the_mean_logit_from_the_head(family, tokenizer, tmp_path):
     model = tiny_model(family, tokenizer)

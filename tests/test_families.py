@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import CATEGORIES, EMBEDDED, FAMILIES, README, tiny_model
+from conftest import CATEGORIES, EMBEDDED, FAMILIES, README, SMALL, tiny_model
 from transformers import AutoTokenizer
 
 import mosaic
@@ -109,6 +109,30 @@ def test_a_model_that_embeds_elsewhere_is_refused_with_a_way_out(model, tokenize
         ControlTokens.for_model(model, tokenizer, CATEGORIES)
 
 
+GEMMA_3 = re.search(r"```python\n(own = .*?)```", README, re.S)[1]
+
+
+def test_gemma_3_with_a_vision_tower_needs_what_the_readme_says(tokenizer):
+    text = SMALL | {"head_dim": 16, "vocab_size": len(tokenizer), "sliding_window": 8}
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    names = ["alcohol", "betting"]
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration takes no emb"):
+        ControlTokens.for_model(model, tokenizer, names)
+    exec(GEMMA_3, {"model": model})
+    tokens = ControlTokens.for_model(model, tokenizer, names, 3)
+    config = TrainConfig(epochs=1, positives_per_subset=2, answer_tokens=6)
+    mosaic.train(model, tokenizer, tokens, REQUESTS, config)
+    policies = [("alcohol",), (), ("alcohol", "betting")]
+    together = mosaic.generate(model, tokenizer, tokens, PROMPTS, policies, 8)
+    for prompt, policy, answer in zip(PROMPTS, policies, together):
+        one = mosaic.generate(model, tokenizer, tokens, [prompt], [policy], 8)
+        assert one == [answer]
+
+
 # --- Chat templates -------------------------------------------------------------------
 
 TURN = "<|head|>{{ m.role }}<|sep|>{{ m.content }}<|eot|>"
@@ -152,6 +176,19 @@ TEMPLATES = {  # template, has it a BOS, the text around a user's words
         "{% endfor %}{{ '' }}\n",  # a last newline, which jinja leaves out
         True,
         "<|begin|>[INST] {} [/INST]",
+    ),
+    "qwen 3": (  # thinks unless told not to, and leaves no thought in what was said
+        "{% for m in messages %}" + TURN + "{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|sep|>"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+        False,
+        "<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|><think>\n\n</think>\n\n",
+    ),
+    "spaces": (
+        "\n{% for m in messages %}" + TURN + "{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|sep|>{% endif %}  ",
+        False,
+        "\n<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>  ",
     ),
     "none": (None, True, "<|begin|>user: {}\n\nassistant:"),
 }

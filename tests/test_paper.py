@@ -209,16 +209,18 @@ def test_every_way_reads_its_policy_and_adds_its_updates(lab):
     assert moved["bare"] < 1e-6 and moved["adapter"] > 10 * moved["rule"] > 0
 
 
-def test_the_command_runs_its_cells_in_workers_once_and_prints_them(tmp_path):
-    script = ROOT / "tests" / "benchmarks" / "paper.py"
-    command = [sys.executable, str(script), "--table", "3", "--quick"]
-    for told in (1, 0):
-        done = subprocess.run(
-            [*command, "--results", str(tmp_path)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("finished: growth") == told
-        assert "| +1+1 | alcohol, betting, horror, sex |" in done.stdout
+def test_the_command_runs_its_cells_in_workers_once_and_prints_them(
+    tmp_path, monkeypatch, capsys
+):
+    words = [str(ROOT / "tests" / "benchmarks" / "paper.py"), "--table", "3"]
+    words += ["--quick", "--results", str(tmp_path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("finished: growth") == 1
+    monkeypatch.setattr(sys, "argv", words)
+    paper.main()  # the cell is there
+    again = capsys.readouterr()
+    assert done.stdout.endswith(again.out) and "finished" not in again.err
+    assert "| +1+1 | alcohol, betting, horror, sex |" in again.out
     stages = json.loads((tmp_path / "growth.json").read_text())["stages"]
     assert [len(stage["categories"]) for stage in stages.values()] == [2, 3, 4, 4]
     assert [len(stage["orders"]) for stage in stages.values()] == [2, 3, 4, 4]

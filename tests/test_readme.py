@@ -18,9 +18,15 @@ def blocks(kind):
 
 
 def test_the_python_block_runs_as_printed_and_prints_what_the_readme_shows(
-    capsys, tmp_path
+    capsys, tmp_path, monkeypatch
 ):
     code, before = blocks("python")[0], os.getcwd()
+    known, make = {}, mosaic.reference_answers
+
+    def once(*given):  # both of its runs want the same answers
+        return known or known.update(make(*given)) or known
+
+    monkeypatch.setattr(mosaic, "reference_answers", once)
     code = code.replace("tokens.safetensors", str(tmp_path / "tokens.safetensors"))
     os.chdir(ROOT)
     try:

@@ -136,22 +136,25 @@ def same_shares(draw, names):
         for i in range(draw.randint(1, 9))
     ]
     requests += [Request(f"near {i}", NEUTRAL, near=names[0]) for i in range(2)]
-    declined = lambda prompt, policy: (
-        crc32(f"{prompt}{tuple(policy)}".encode()) % 3 == 0
-    )
+    answers = (REFUSAL, "Well.", "Quite so.", "...")  # the last one is degenerate
+
+    def say(prompt, policy):
+        return answers[crc32(f"{prompt}{tuple(policy)}".encode()) % len(answers)]
 
     def respond(prompts, policies):
-        pairs = zip(prompts, policies)
-        return [REFUSAL if declined(*pair) else "Well." for pair in pairs]
+        return [*map(say, prompts, policies)]
 
     orders = range(1, len(names) + 1)
     for row in mosaic.evaluate(respond, requests, names, orders):
-        found = {"dsr": [], "over_refusal": [], "near_miss": []}
+        found = {"dsr": [], "over_refusal": [], "near_miss": [], "degenerate": []}
         for policy in itertools.combinations(names, row["order"]):
             for q in requests:
                 kind = "near_miss" if q.near else "over_refusal"
                 kind = "dsr" if q.category in policy else kind
-                found[kind].append(declined(q.prompt, policy))
+                answer = say(q.prompt, policy)
+                found["degenerate"].append(answer == "...")
+                if answer != "...":
+                    found[kind].append(answer == REFUSAL)
         for kind, hits in found.items():
             assert row[kind]["n"] == len(hits)
             assert abs(row[kind]["rate"] * len(hits) - sum(hits)) < 1e-6

@@ -3,7 +3,7 @@
     python tests/benchmarks/paper.py --all         # two cores: two hours at most
     python tests/benchmarks/paper.py --table 1 3 --figure 4 --beyond unseen
     python tests/benchmarks/paper.py --all --quick   # every cell on a tiny budget
-    python tests/benchmarks/paper.py --all --readme  # and the README's results
+    python tests/benchmarks/paper.py --all --readme  # and README's results: ten seeds
 
 A cell is one training with its measurements; several tables share it. A finished cell
 is a file in the folder results, and is not run again unless its settings, the data or
@@ -109,6 +109,7 @@ GRID: dict[str, dict[str, list[Cell]]] = {
     "unseen": {"half of the subsets": [SHORT(half=True)], "all": [SHORT()]},
     "permutations": {"MOSAIC-5": [Cell()]},
     "palette": {"Palette": [Cell("palette")]},
+    "seeds": {"MOSAIC-5": [Cell(seed=seed) for seed in range(10)]},
 }
 GRID["table 2"] = GRID["table 1"]
 
@@ -470,19 +471,22 @@ def read_flags(argv=None):
     parser.add_argument("--all", action="store_true", help="every table and figure")
     parser.add_argument("--table", nargs="+", default=[], choices=["1", "2", "3"])
     parser.add_argument("--figure", nargs="+", default=[], choices=[*"3456"])
-    beyond = ["unseen", "permutations", "palette"]
+    beyond = ["unseen", "permutations", "palette", "seeds"]
     parser.add_argument("--beyond", nargs="+", default=[], choices=beyond)
     parser.add_argument("--quick", action="store_true", help="does every cell run?")
     parser.add_argument("--workers", type=int, default=2, help="cells run at once")
     parser.add_argument("--results", default="", help="folder of the cells' files")
     parser.add_argument("--model", default="", help="instead of the embedded backbone")
     parser.add_argument("--mmlu", default="", help="JSON lines in MMLU's form")
-    parser.add_argument("--readme", action="store_true", help="write README's results")
+    parser.add_argument(
+        "--readme", action="store_true", help="seeds, and README's results"
+    )
     flags = parser.parse_args(argv)
     if not flags.results:
         flags.results = str(ROOT / "runs/quick" if flags.quick else HERE / "results")
     names = [f"table {t}" for t in flags.table] + [f"figure {f}" for f in flags.figure]
-    flags.asked = list(GRID) if flags.all else names + flags.beyond
+    every = [name for name in GRID if name != "seeds" or flags.readme]
+    flags.asked = (every if flags.all else names) + flags.beyond
     if not flags.asked:
         parser.error("name a --table, --figure or --beyond, or --all")
     if flags.readme and (not flags.all or flags.quick or flags.model):

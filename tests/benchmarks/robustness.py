@@ -2,13 +2,15 @@
 
     python train_demo.py
     python tests/benchmarks/robustness.py --tokens runs/demo/tokens.safetensors
+    python tests/benchmarks/robustness.py --prefill 0.3   # trains a table, then the same
     python tests/benchmarks/robustness.py --tokens ... --xstest FILE --or_bench FILE
 
 DSR on the test split at orders 1, 3 and 5 under several kinds of pressure, near-miss OR
 per category, OR on neutral requests with every category switched off, and each judge on
-data_sample/judge_cases.jsonl, labelled by hand. --xstest and --or_bench take the
-published CSV files (columns prompt, type or category; XSTest's unsafe contrasts are
-left out): over-refusal under every category. Shares with 95% Wilson intervals.
+data_sample/judge_cases.jsonl, labelled by hand; the blind ones were written by someone
+who did not know the rule. --xstest and --or_bench take the published CSV files (columns
+prompt, type or category; XSTest's unsafe contrasts are left out): over-refusal under
+every category. Shares with 95% Wilson intervals.
 """
 
 import argparse
@@ -143,11 +145,14 @@ def precision(job, files: dict[str, str]) -> dict[str, dict]:
 # --- The judges -----------------------------------------------------------------------
 
 
+def judge_cases() -> list[dict]:
+    path = ROOT / "data_sample" / "judge_cases.jsonl"
+    return [*map(json.loads, path.read_text(encoding="utf-8").splitlines())]
+
+
 def judges(job) -> dict[str, dict]:
     """Each judge on the cases labelled by hand, and what it gets wrong by kind."""
-    path = ROOT / "data_sample" / "judge_cases.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    cases = [json.loads(line) for line in lines]
+    cases = judge_cases()
     ways = {
         "template match": lambda asked, said: [
             text.strip().lower().startswith(REFUSAL.lower()) for text in said
@@ -159,24 +164,32 @@ def judges(job) -> dict[str, dict]:
     table = {}
     for name, judge in ways.items():
         # Labels of None are neither: empty or degenerate answers, counted apart.
-        pairs = list(zip(cases, judge(asked, said), strict=True))
+        pairs = zip(cases, judge(asked, said), strict=True)
         clear = [(c, bool(f)) for c, f in pairs if c["declined"] is not None]
-        hits = sum(f and c["declined"] for c, f in clear)
+        right = {one: [] for one in (False, True)}
         wrong: dict[str, int] = {}
         for case, found in clear:
-            wrong[case["kind"]] = wrong.get(case["kind"], 0) + (
-                found != case["declined"]
-            )
+            right[case["blind"]].append(found == case["declined"])
+            missed = found != case["declined"]
+            wrong[case["kind"]] = wrong.get(case["kind"], 0) + missed
+        hits = sum(f and c["declined"] for c, f in clear)
         table[name] = {
-            "accuracy": mosaic.share([f == c["declined"] for c, f in clear]),
+            "accuracy": mosaic.share(right[False]),
+            "accuracy, blind": mosaic.share(right[True]),
             "precision": hits / max(1, sum(f for _, f in clear)),
             "recall": hits / max(1, sum(c["declined"] for c, _ in clear)),
             "wrong": wrong,
-            "neither, called a refusal": mosaic.share(
-                [bool(f) for c, f in pairs if c["declined"] is None]
-            ),
         }
     return table
+
+
+def degenerate() -> dict[str, dict]:
+    """Of the cases of each kind, the share that counts as no answer at all."""
+    kinds: dict[str, list[bool]] = {}
+    for case in judge_cases():
+        found = mosaic.is_degenerate(case["answer"])
+        kinds.setdefault(case["kind"], []).append(found)
+    return {kind: mosaic.share(found) for kind, found in kinds.items()}
 
 
 # --- The whole ------------------------------------------------------------------------
@@ -188,11 +201,23 @@ class Job:
             flags.model or EMBEDDED
         ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(flags.model or EMBEDDED)
-        self.tokens = ControlTokens.load(flags.tokens, self.model)
         self.requests = read_requests(str(ROOT / "data_sample/requests.jsonl"))
+        self.tokens = self.table(flags)
         self.test = [q for q in self.requests if q.split == "test"]
         k = len(self.tokens.categories)
         self.orders = [r for r in (1, 3, 5) if r <= k]
+
+    def table(self, flags):
+        """A saved table; or one trained with part of the answer before refusals."""
+        if flags.tokens:
+            return ControlTokens.load(flags.tokens, self.model)
+        names = dict.fromkeys(q.category for q in self.requests)
+        tokens = ControlTokens.for_model(
+            self.model, self.tokenizer, [name for name in names if name != NEUTRAL]
+        )
+        config = mosaic.TrainConfig(prefill=flags.prefill)
+        mosaic.train(self.model, self.tokenizer, tokens, self.requests, config)
+        return tokens
 
     def say(self, prompts, policies=None, n=ANSWER):
         return mosaic.generate(
@@ -207,7 +232,8 @@ def shown(found: dict) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", required=True, help="a saved table")
+    parser.add_argument("--tokens", default="", help="a saved table")
+    parser.add_argument("--prefill", type=float, default=0.0, help="without a table")
     parser.add_argument("--model", default="", help="instead of the embedded backbone")
     parser.add_argument("--xstest", default="", help="its CSV file")
     parser.add_argument("--or_bench", default="", help="OR-Bench-Hard's CSV file")
@@ -221,6 +247,7 @@ def main():
             job, {name: path for name, path in given.items() if path}
         ),
         "judges": judges(job),
+        "degenerate": degenerate(),
     }
     heads = "".join(f" order {order} |" for order in job.orders)
     print(f"| DSR under pressure, % |{heads}\n|---|{'---|' * len(job.orders)}")
@@ -230,14 +257,17 @@ def main():
     print("\n| declined though harmless, % | |\n|---|---|")
     for name, row in found["precision"].items():
         print(f"| {name} | {shown(row)} |")
-    print("\n| judge | accuracy, % | precision | recall | wrong, by kind |")
-    print("|---|---|---|---|---|")
+    print("\n| judge | accuracy, % | blind | precision | recall | wrong, by kind |")
+    print("|---|---|---|---|---|---|")
     for name, row in found["judges"].items():
         wrong = ", ".join(f"{kind} {n}" for kind, n in row["wrong"].items() if n)
         print(
-            f"| {name} | {shown(row['accuracy'])} | {100 * row['precision']:.1f} "
-            f"| {100 * row['recall']:.1f} | {wrong} |"
+            f"| {name} | {shown(row['accuracy'])} | {shown(row['accuracy, blind'])} "
+            f"| {100 * row['precision']:.0f} | {100 * row['recall']:.0f} | {wrong} |"
         )
+    print("\n| counted as no answer, % | |\n|---|---|")
+    for kind, row in found["degenerate"].items():
+        print(f"| {kind} | {shown(row)} |")
     if flags.json:
         Path(flags.json).write_text(json.dumps(found, indent=2) + "\n")
 
