@@ -316,6 +316,14 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, ask: bool = True) -> list[i
     )["input_ids"]
 
 
+def onto(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of the CPU on a device. Masks are searched on the CPU and sent like this:
+
+    a GPU that searched them would have to be waited for, in every step.
+    """
+    return tuple(one.to(device, non_blocking=True) for one in tensors)
+
+
 def make_batch(model: Model, tokenizer: Tokenizer, rows: Sequence[Row]) -> Batch:
     """Embed and pad rows; each may have a policy of its own.
 
@@ -330,13 +338,15 @@ def make_batch(model: Model, tokenizer: Tokenizer, rows: Sequence[Row]) -> Batch
         holes = [_CONTROL] * (0 if control is None else len(control))
         ids.append(torch.tensor([*prompt[:start], *holes, *prompt[start:], *answer]))
         labels.append(torch.tensor([IGNORE] * len(prompt + holes) + [*answer]))
-    ids = pad_sequence(ids, True, _PAD, "left").to(model.device)  # (B, L)
+    ids = pad_sequence(ids, True, _PAD, "left")  # (B, L)
     labels = pad_sequence(labels, True, IGNORE, "left")  # (B, L)
+    places = onto(model.device, *(ids == _CONTROL).nonzero(as_tuple=True))
+    (ids,) = onto(model.device, ids)
     x = model.get_input_embeddings()(ids.clamp(min=0))  # (B, L, D); places get id 0
     if controls := [row.control for row in rows if row.control is not None]:
         flat = torch.cat(controls).to(x)  # (sum of r*M, D), fp32 -> backbone's dtype
         assert flat.shape[1] == x.shape[2], f"tokens {flat.shape}, backbone {x.shape}"
-        x = x.masked_scatter((ids == _CONTROL)[..., None], flat)  # fills row by row
+        x = x.index_put(places, flat)  # row by row
     mask = ids != _PAD  # (B, L)
     # Without explicit positions some families (GPT-2) count the padding, silently.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, L)
@@ -354,17 +364,16 @@ def answer_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     # position go unused, and logits at t meet the label at t+1.
     inputs = batch._asdict()
     labels = inputs.pop("labels")[:, 1:]  # (B, L-1)
-    # On the CPU, where labels are: such indices serve a head on any device.
-    row, place = (labels != IGNORE).nonzero(as_tuple=True)  # (N,), (N,)
+    at = (labels != IGNORE).nonzero(as_tuple=True)  # (N,), (N,)
     states = []
 
     def narrow(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        states.append(args[0][row, place])  # (B, L, D) -> (N, D)
+        states.append(args[0][onto(args[0].device, *at)])  # (B, L, D) -> (N, D)
         return (states[0],)
 
     with model.get_output_embeddings().register_forward_pre_hook(narrow):
         logits = model(**inputs, use_cache=False).logits  # (N, V)
-    return logits.float(), labels[row, place].to(logits.device), states[0]
+    return logits.float(), *onto(logits.device, labels[at]), states[0]
 
 
 # --- 4. Order-based sampling (paper 2.1) ----------------------------------------------

@@ -25,6 +25,7 @@ import datasets
 import pandas
 import torch
 import transformers
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer
@@ -325,14 +326,19 @@ def load_backbone(name: str, device: str):
         raise ValueError(f"no model folder {name}; give one with a transformers "
                          f"checkpoint, or a hub name such as {ON_CUDA}")
     try:
+        if not os.path.isdir(name) and not try_to_load_from_cache(name, "config.json"):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))  # one try, not twelve
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            output_loading_info=True)
+            output_loading_info=True, ignore_mismatched_sizes=True)
         model = model.to(device)  # may not fit
         mosaic.prompt_ids(tokenizer, "Hi")  # is there a template that works?
     except Exception as error:  # anything at all can be wrong with a checkpoint
         raise ValueError(f"model {name} cannot be used: {one_line(error)}") from error
+    for key, found, wanted in loading["mismatched_keys"]:
+        raise ValueError(f"model {name}: {key} is {[*found]}, its config says "
+                         f"{[*wanted]}; get the whole checkpoint")
     if keys := sorted(loading["missing_keys"]):  # these weights would be random
         raise ValueError(f"model {name} has {len(keys)} missing keys, first {keys[0]}; "
                          "get the whole checkpoint")

@@ -10,6 +10,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pandas
 import pytest
 import torch
@@ -577,6 +578,8 @@ def broken_copy(folder, how):
         weights = load_file(folder / "model.safetensors")
         if how == "a weight missing":
             del weights["model.layers.0.mlp.up_proj.weight"]
+        elif how == "a wrong shape":
+            weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(2, 2)
         else:
             weights["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2, 2)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -587,6 +590,7 @@ def broken_copy(folder, how):
     [
         ("broken template", "cannot be used: Unexpected end of template"),
         ("truncated weights", "cannot be used"),
+        ("a wrong shape", "up_proj.weight is [2, 2], its config says ["),
         ("a weight missing", "1 missing keys, first model.layers.0.mlp.up_proj.weight"),
     ],
 )
@@ -659,3 +663,17 @@ def test_the_demo_asks_the_network_for_nothing(monkeypatch):
     train_demo.load_backbone("", "cpu")
     assert len(train_demo.read_requests(train_demo.Flags().data)) == 1000
     assert asked == []
+
+
+def test_without_a_network_a_hub_name_is_looked_for_once(monkeypatch):
+    asked = []
+
+    def resolve(host, *more):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(ValueError, match="cannot be used: .*not known"):
+        train_demo.load_backbone("nobody/nothing", "cpu")
+    assert 1 <= len(asked) <= 2
