@@ -828,10 +828,11 @@ def test_a_trained_table_beats_the_untouched_backbone(backbone, tokenizer, reque
     assert history[-1]["refusal"] < history[0]["refusal"]
 
     def respond(prompts, policies):
-        return mosaic.generate(backbone, tokenizer, table, prompts, policies, 32)
+        return mosaic.generate(backbone, tokenizer, table, prompts, policies, 8)
 
     mine = [q for q in requests if q.category in ("alcohol", "betting")]
-    bare = mosaic.generate(backbone, tokenizer, None, [q.prompt for q in mine])
+    asked = [q.prompt for q in mine]
+    bare = mosaic.generate(backbone, tokenizer, None, asked, None, 8)
     plain = sum(map(mosaic.is_refusal, bare)) / len(bare)
     for row in mosaic.evaluate(respond, requests, table.categories, (1, 2)):
         assert row["dsr"]["rate"] > 0.7 > plain + 0.5, row
