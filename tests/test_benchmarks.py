@@ -149,3 +149,11 @@ def test_a_table_is_tried_at_its_own_place_and_the_other(small, monkeypatch):
     assert [row[:2] for row in found] == places
     assert [place for place, _ in seen] == [used for _, used in places]
     assert seen[0][1] == seen[1][1] != seen[2][1]  # the same table, then another
+
+
+def test_without_a_saved_table_one_is_trained_with_prefill(monkeypatch):
+    given = []
+    monkeypatch.setattr(mosaic, "train", lambda *all: given.append(all[-1]))
+    job = robustness.Job(SimpleNamespace(model="", tokens="", prefill=0.3))
+    assert given == [mosaic.TrainConfig(prefill=0.3)]
+    assert job.tokens.categories == CATEGORIES
