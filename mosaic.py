@@ -173,11 +173,12 @@ class ControlTokens(nn.Module):
         config = model.config.get_text_config()
         per_layer = getattr(config, "hidden_size_per_layer_input", 0)  # Gemma 3n's
         unpadded = config.model_type in ("rwkv", "recurrent_gemma")  # take no padding
-        takes = inspect.signature(model.prepare_inputs_for_generation).parameters
         if config.is_encoder_decoder or per_layer or unpadded:
             what = "is an encoder-decoder, embeds in every layer, or reads padding"
             raise ValueError(f"{config.model_type} {what}: take another causal LM")
-        if "inputs_embeds" not in takes:  # what generate itself asks
+        # What generate itself looks at.
+        takes = inspect.signature(model.prepare_inputs_for_generation).parameters
+        if "inputs_embeds" not in takes:
             what = "takes no embeddings in generate: see README, Which models"
             raise ValueError(f"{type(model).__name__} {what}")
         self.to(model.device)  # a table read from disk is on the CPU
@@ -317,9 +318,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, ask: bool = True) -> list[i
 
 
 def onto(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of the CPU on a device. Masks are searched on the CPU and sent like this:
+    """Tensors of the CPU, sent to a device without waiting for it.
 
-    a GPU that searched them would have to be waited for, in every step.
+    So masks are searched on the CPU: a GPU would have to be waited for in every step.
     """
     return tuple(one.to(device, non_blocking=True) for one in tensors)
 
@@ -667,18 +668,24 @@ def same_run(
     }
 
 
-def keep(path: str, about: dict, history: list, tokens: nn.Module, optimizer) -> None:
-    """Write a checkpoint for `resume`, whole or not at all."""
+def keep(
+    path: str | None, about: dict, history: list, tokens: nn.Module, optimizer
+) -> None:
+    """Write a checkpoint for `resume`, whole or not at all; without a path, nothing."""
+    if not path:
+        return
     state = {"tokens": tokens.state_dict(), "optimizer": optimizer.state_dict()}
     with beside(path) as part:
         torch.save(state | {"about": about, "history": history}, part)
 
 
-def resume(path: str, about: dict, tokens: nn.Module, optimizer) -> list:
-    """Take up a run where `keep` left it; returns its history so far.
+def resume(path: str | None, about: dict, tokens: nn.Module, optimizer) -> list:
+    """Take up a run where `keep` left it; returns its history so far, or an empty one.
 
     ValueError: the file is damaged, or of a run that differs.
     """
+    if not path or not os.path.exists(path):
+        return []
     try:  # weights only: nothing in the file is executed
         state = torch.load(path, weights_only=True, map_location="cpu")
         then = state["about"]
@@ -722,9 +729,8 @@ def train(
     )
     # The table is all that the optimiser ever sees.
     optimizer = torch.optim.Adam([v for v in tokens.parameters() if v.requires_grad])
-    about, history = same_run(model, tokenizer, tokens, learn, config), []
-    if checkpoint and os.path.exists(checkpoint):
-        history = resume(checkpoint, about, tokens, optimizer)
+    about = same_run(model, tokenizer, tokens, learn, config)
+    history = resume(checkpoint, about, tokens, optimizer)
     goal = refusal_ids(model, tokenizer, tokens.about["refusal"])
     known = known or reference_answers(
         model, tokenizer, learn, config.answer_tokens, 4 * config.batch_size
@@ -736,7 +742,7 @@ def train(
             rows = task_rows(tokens, tasks, known, goal, draw, config.prefill)
             if epoch < len(history):  # taken up: what was drawn before is drawn again
                 continue
-            losses = task_losses(model, tokenizer, tasks, rows, known)
+            losses = task_losses(model, tokenizer, tasks, rows, known)  # 3 x ()
             refusal, reference, kd = losses
             loss = refusal + reference + config.kd_weight * kd
             # Differs from the paper, which names no schedule: a cosine to zero.
@@ -749,8 +755,7 @@ def train(
         if not steps:
             continue
         history.append(epoch_means(steps, epoch + 1))
-        if checkpoint:
-            keep(checkpoint, about, history, tokens, optimizer)
+        keep(checkpoint, about, history, tokens, optimizer)
         shown = "   ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}   {shown}")
     assert checksum(model) == about["backbone"], "training has changed the backbone"

@@ -180,7 +180,8 @@ TEMPLATES = {  # template, has it a BOS, the text around a user's words
     "qwen 3": (  # thinks unless told not to, and leaves no thought in what was said
         "{% for m in messages %}" + TURN + "{% endfor %}"
         "{% if add_generation_prompt %}<|head|>assistant<|sep|>"
-        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+        "{% endif %}",
         False,
         "<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|><think>\n\n</think>\n\n",
     ),

@@ -3,8 +3,8 @@
     python tests/benchmarks/placement.py
 
 Two tables of the embedded backbone, one trained at either place (seed 0, as the demo),
-and the first of them used at the other place: DSR / OR on the validation split, with 95%
-Wilson intervals.
+and the first of them used at the other place: DSR / OR on the validation split, with
+95% Wilson intervals.
 """
 
 import sys

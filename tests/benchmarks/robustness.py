@@ -2,7 +2,7 @@
 
     python train_demo.py
     python tests/benchmarks/robustness.py --tokens runs/demo/tokens.safetensors
-    python tests/benchmarks/robustness.py --prefill 0.3   # trains a table, then the same
+    python tests/benchmarks/robustness.py --prefill 0.3   # trains a table first
     python tests/benchmarks/robustness.py --tokens ... --xstest FILE --or_bench FILE
 
 DSR on the test split at orders 1, 3 and 5 under several kinds of pressure, near-miss OR
@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT)]
 
 import mosaic
 from mosaic import NEUTRAL, REFUSAL, ControlTokens
-from train_demo import EMBEDDED, read_requests
+from train_demo import EMBEDDED, Flags, load_tokens, read_requests
 
 ANSWER = 16  # new tokens that are judged
 
@@ -211,10 +211,7 @@ class Job:
         """A saved table; or one trained with part of the answer before refusals."""
         if flags.tokens:
             return ControlTokens.load(flags.tokens, self.model)
-        names = dict.fromkeys(q.category for q in self.requests)
-        tokens = ControlTokens.for_model(
-            self.model, self.tokenizer, [name for name in names if name != NEUTRAL]
-        )
+        tokens = load_tokens(Flags(), self.model, self.tokenizer, self.requests)
         config = mosaic.TrainConfig(prefill=flags.prefill)
         mosaic.train(self.model, self.tokenizer, tokens, self.requests, config)
         return tokens
