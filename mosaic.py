@@ -81,10 +81,11 @@ def canonical(policy: Policy, categories: Sequence[str]) -> tuple[str, ...]:
     Differs from the paper: it does not say how token sets are ordered. The order
     matters to a transformer, so training shuffles it and every use fixes this one.
     """
-    if isinstance(policy, (str, dict)) or not set(policy) <= set(categories):
+    active = None if isinstance(policy, (str, dict)) else {*policy}
+    if active is None or not active <= {*categories}:
         known = ", ".join(categories)
         raise ValueError(f"bad policy {policy!r}: it must be a list, of {known}")
-    return tuple(category for category in categories if category in policy)
+    return tuple(category for category in categories if category in active)
 
 
 # --- 2. Control tokens ----------------------------------------------------------------
@@ -105,6 +106,14 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
+def checksum(module: nn.Module) -> str:
+    """A hash of every bit of weights and buffers: the proof that none has changed."""
+    digest = hashlib.sha256()
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def beside(path: str) -> Iterator[str]:
     """Gives a path beside `path`; what is written there is then moved to `path`.
@@ -117,6 +126,8 @@ def beside(path: str) -> Iterator[str]:
         os.makedirs(room)
         yield f"{room}/whole"
         os.replace(f"{room}/whole", path)
+    except ValueError:  # what was to be written is at fault, not the place
+        raise
     except Exception as error:  # torch and safetensors have kinds of their own
         raise OSError(f"cannot write {path} (is there room?): {error}") from error
     finally:
@@ -218,7 +229,10 @@ class ControlTokens(nn.Module):
 
         Which categories are frozen is not stored: freeze them again after `load`.
         """
-        about = {"format": FORMAT, "categories": self.categories, **self.about}
+        about = {
+            "format": FORMAT, "categories": self.categories,
+            "vectors": checksum(self), **self.about,
+        }
         data = {c: v.detach().cpu() for c, v in zip(self.categories, self.vectors)}
         with beside(path) as part:
             save_file(data, part, metadata={"mosaic": json.dumps(about)})
@@ -236,12 +250,15 @@ class ControlTokens(nn.Module):
             finite = torch.cat([*vectors.values()]).isfinite().all()
             if not (known and finite and about["refusal"]):
                 raise ValueError("another format, or numbers that are not finite")
+            table = cls(vectors, about)
+            if checksum(table) != table.about.pop("vectors"):
+                raise ValueError("its vectors are not those that were saved")
             if model is not None and made != fingerprint(model):
                 raise ValueError(f"it was made for another backbone, {name} ({made})")
         except Exception as error:  # anything at all can be wrong with a file
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is no table to use here: {what}") from error
-        return cls(vectors, about).to("cpu" if model is None else model.device)
+        return table.to("cpu" if model is None else model.device)
 
 
 # --- 3. Prompts and batches -----------------------------------------------------------
@@ -545,8 +562,11 @@ def reference_answers(
     logits exactly. Where a model does more after its head (soft caps, logit scales)
     states stay None, and training runs the teacher again at each step.
     """
+    model.eval()  # for good: a teacher with dropout would be another model
     rows = [Row(prompt_ids(tokenizer, request.prompt)) for request in requests]
-    answers = generate_ids(model, tokenizer, rows, max_new_tokens, title="references")
+    answers = generate_ids(  # decoding takes less memory than the logits below
+        model, tokenizer, rows, max_new_tokens, 4 * batch_size, title="references"
+    )
     known = [Reference(row._replace(answer=a)) for row, a in zip(rows, answers)]
     for part in in_batches([one.row for one in known], batch_size):
         batch = make_batch(model, tokenizer, [known[i].row for i in part])
@@ -569,14 +589,6 @@ def teacher_logits(
         return model.get_output_embeddings()(states).float()
     batch = make_batch(model, tokenizer, [one.row for one in references])
     return answer_logits(model, batch)[0]
-
-
-def checksum(model: Model) -> str:
-    """A hash of every bit of every weight and buffer: the proof that none changes."""
-    digest = hashlib.sha256()
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def end_ids(model: Model, tokenizer: Tokenizer) -> set[int]:
@@ -656,15 +668,15 @@ def epoch_means(losses: Sequence[Tensor], epoch: int) -> dict[str, float]:
 
 
 def same_run(
-    model: Model, tokenizer: Tokenizer, tokens: ControlTokens,
-    learn: Sequence[Request], config: TrainConfig,
+    model: Model, tokens: ControlTokens, config: TrainConfig,
+    known: dict[Request, Reference], goal: list[int],
 ) -> dict:
     """What identifies a run: one is taken up only where all of this is equal."""
+    read = [(one, [*ref.row.prompt], [*ref.row.answer]) for one, ref in known.items()]
     return {
-        **asdict(config), "requests": hashlib.sha256(repr(learn).encode()).hexdigest(),
-        "start": checksum(tokens), "backbone": checksum(model),
+        **asdict(config), "requests": hashlib.sha256(repr(read).encode()).hexdigest(),
+        "start": checksum(tokens), "backbone": checksum(model), "refusal": goal,
         "trained": tokens.trainable, "placement": tokens.about["placement"],
-        "refusal": tokens.about["refusal"], "template": tokenizer.chat_template,
     }
 
 
@@ -708,12 +720,13 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the table in place on the "train" split; returns each epoch's mean losses.
 
-    The backbone stays in eval mode and without gradients. Same seed, same CPU: the
-    same tokens, bit for bit. Frozen categories take part in policies and stay as they
-    are. `known`: reference answers to all these requests, made before. `checkpoint`: a
-    file written after each epoch; where there is one of the same run, it is taken up.
-    ValueError: an order outside 1..K, nothing to train, a category without requests, a
-    loss that is not finite (the checkpoint holds the tokens of the epoch before).
+    The backbone stays in eval mode and without gradients. Same seed, same CPU, same
+    prompts (some templates write the date): the same tokens, bit for bit. Frozen
+    categories take part in policies and stay as they are. `known`: reference answers
+    to all these requests, made before. `checkpoint`: a file written after each epoch;
+    where there is one of the same run, it is taken up. ValueError: an order outside
+    1..K, nothing to train, a category without requests, a loss that is not finite (the
+    checkpoint holds the tokens of the epoch before).
     """
     k = len(tokens.categories)
     orders = config.orders or range(1, min(k, 4) + 1)
@@ -729,12 +742,12 @@ def train(
     )
     # The table is all that the optimiser ever sees.
     optimizer = torch.optim.Adam([v for v in tokens.parameters() if v.requires_grad])
-    about = same_run(model, tokenizer, tokens, learn, config)
-    history = resume(checkpoint, about, tokens, optimizer)
     goal = refusal_ids(model, tokenizer, tokens.about["refusal"])
     known = known or reference_answers(
         model, tokenizer, learn, config.answer_tokens, 4 * config.batch_size
     )
+    about = same_run(model, tokens, config, {one: known[one] for one in learn}, goal)
+    history = resume(checkpoint, about, tokens, optimizer)
     length = partial(task_length, known)
     for epoch in range(config.epochs):
         batches, steps = sampler.epoch(orders, config.batch_size, length), []
@@ -852,9 +865,10 @@ def is_refusal(answer: str) -> bool:
 
 
 def is_degenerate(answer: str) -> bool:
-    """Whether an answer is none: no word in it, or a few that come again and again."""
+    """Whether an answer is none: no word in it, or the same few again and again."""
     words = re.findall(r"\w+", re.sub("<[^>]*>", "", answer).lower())
-    return not words or len(words) > 9 and len({*words}) < len(words) / 2
+    threes = {*zip(words, words[1:], words[2:])}  # single words do recur in long texts
+    return not words or len(words) > 9 and len(threes) < len(words) / 2
 
 
 def openings_judge(requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
@@ -939,7 +953,7 @@ def evaluate(
 @torch.no_grad()
 def drift(
     model: Model, tokenizer: Tokenizer, tokens: ControlTokens,
-    requests: Sequence[Request], policies: Sequence[Policy],
+    requests: Sequence[Request], policies: Sequence[Policy], batch_size: int = 64,
 ) -> dict[str, float]:
     """How far tokens move the answers to neutral requests: {"kl", "top1_agreement"}.
 
@@ -947,7 +961,7 @@ def drift(
     KL(p_base || p_ctrl) in nats, and how often both put the same token first.
     """
     neutral = [one for one in requests if one.category == NEUTRAL and not one.near]
-    known = reference_answers(model, tokenizer, neutral).values()
+    known = reference_answers(model, tokenizer, neutral, batch_size=batch_size).values()
     kl, same, n = 0.0, 0, 0
     for one, policy in zip(known, itertools.cycle(policies)):
         row = control_row(tokens, policy, one.row.prompt, one.row.answer)

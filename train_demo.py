@@ -37,8 +37,9 @@ from mosaic import NEUTRAL, ControlTokens, Request, TrainConfig, evaluate, gener
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "data_sample" / "tiny_chat"
 ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
-ANSWER_TOKENS = 64  # answers that are shown or learned from are cut here
-JUDGED_TOKENS = 8  # and those that are only judged: whether one declines shows early
+TALK_TOKENS = 256  # answers in a chat are cut here
+ANSWER_TOKENS = 64  # those that are shown or learned from
+JUDGED_TOKENS = 8  # those that are only judged: whether one declines shows early
 FORM = '{"request": "...", "category": "...", "split": "train"}'
 SPLITS = ("train", "validation", "test")
 HUB_NAME = r"\w[\w.-]*/[\w.-]+"
@@ -112,10 +113,12 @@ def main() -> None:
     say_what_learns(requests, tokens, f"{parameters:,} weights of {name} on {device}")
 
     # Ask: what the untouched backbone declines by itself.
+    size = 16 * flags.batch_size  # answers at once: without gradients there is room
     test = [request for request in requests if request.split == "test"]
     asked = [request.prompt for request in test]
     answers = generate(
-        model, tokenizer, None, asked, None, JUDGED_TOKENS, title="untouched")
+        model, tokenizer, None, asked, None, JUDGED_TOKENS, batch_size=size,
+        title="untouched")
     plain = dict(zip(asked, answers))
 
     # Train: the tokens alone, against the backbone's own answers.
@@ -129,15 +132,17 @@ def main() -> None:
         "untouched backbone": lambda prompts, policies: [plain[p] for p in prompts],
         "written instruction": lambda prompts, policies: generate(
             model, tokenizer, None, [instruct(p, policy, system) for p, policy in
-            zip(prompts, policies)], None, JUDGED_TOKENS, title="written instruction"),
+            zip(prompts, policies)], None, JUDGED_TOKENS, batch_size=size,
+            title="written instruction"),
         "MOSAIC": lambda prompts, policies: generate(
-            model, tokenizer, tokens, prompts, policies, JUDGED_TOKENS, title="MOSAIC"),
+            model, tokenizer, tokens, prompts, policies, JUDGED_TOKENS, batch_size=size,
+            title="MOSAIC"),
     }
     orders = range(1, len(tokens.categories) + 1)
     table = {title: evaluate(respond, test, tokens.categories, orders, seed=flags.seed)
              for title, respond in ways.items()}
     policies = [*([category] for category in tokens.categories), tokens.categories]
-    moved = mosaic.drift(model, tokenizer, tokens, test, policies)
+    moved = mosaic.drift(model, tokenizer, tokens, test, policies, size // 4)
     evaluated = time.time()
     print_table(table, moved)
 
@@ -152,7 +157,7 @@ def main() -> None:
         "instruction": table["written instruction"],
         "seconds": {"reference": referred - started, "train": trained - referred,
                     "evaluate": evaluated - trained}}
-    write_results(flags.output, tokens if learns else None, results, shown)
+    write_results(flags.output, learns, results, shown)
     if flags.export:
         mosaic.export_checkpoint(model, tokenizer, tokens, flags.export)
         print(f"exported to {flags.export}")
@@ -164,7 +169,7 @@ def main() -> None:
 def train(
     flags, model, tokenizer, tokens: ControlTokens, requests
 ) -> tuple[float, float]:
-    """Train the table; returns when reference answers, and when tokens were ready."""
+    """Train and save the table; returns when references, and when tokens were ready."""
     config = TrainConfig(
         orders=tuple(flags.orders), epochs=flags.epochs, kd_weight=flags.kd_weight,
         learning_rate=flags.learning_rate, batch_size=flags.batch_size, seed=flags.seed)
@@ -177,6 +182,7 @@ def train(
     referred = time.time()
     learn = learn + later
     mosaic.train(model, tokenizer, tokens, learn, config, known, unfinished(flags))
+    tokens.save(Path(flags.output) / "tokens.safetensors")  # whatever comes after
     return referred, time.time()
 
 
@@ -280,6 +286,7 @@ def chat(path: str, model, tokenizer) -> None:
     with contextlib.suppress(ImportError):  # not everywhere
         import readline  # noqa: F401  arrow keys edit the line
     tokens, policy, turns = ControlTokens.load(path, model), [], []
+    room = room_for_prompt(model, tokens, TALK_TOKENS)
     known = ", ".join(tokens.categories)
     help_line = f"/on X, /off X (X of {known}), /policy, /reset, /quit"
     print(help_line)
@@ -303,11 +310,17 @@ def chat(path: str, model, tokenizer) -> None:
             print(f"{said}? {help_line}")
         elif said:
             turns.append({"role": "user", "content": said})
+            while turns and len(mosaic.prompt_ids(tokenizer, turns)) > room:
+                turns = turns[2:]  # the oldest exchange
+            if not turns:
+                print(f"too long: {room} tokens fit")
+                continue
             streamer = TextStreamer(
                 tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
                 (answer,) = generate(
-                    model, tokenizer, tokens, [turns], [policy], streamer=streamer)
+                    model, tokenizer, tokens, [turns], [policy], TALK_TOKENS,
+                    streamer=streamer)
             except KeyboardInterrupt:  # enough of this answer
                 answer = "..."
                 print()
@@ -347,6 +360,12 @@ def load_backbone(name: str, device: str):
     return model, tokenizer, name
 
 
+def room_for_prompt(model, tokens: ControlTokens, answer: int) -> int:
+    """How many tokens fit the model beside all control tokens and an answer."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
+    return longest - sum(map(len, tokens.vectors)) - answer
+
+
 def load_tokens(
     flags: Flags, model, tokenizer, requests: list[Request]
 ) -> ControlTokens:
@@ -374,8 +393,7 @@ def load_tokens(
             f"{flags.data}: no training request of {lacking[0]}, only of "
             f"{', '.join(learn)}; it takes some of each category of the table, and "
             f"{NEUTRAL} ones such as those in data_sample/requests.jsonl")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
-    room = longest - sum(map(len, tokens.vectors)) - ANSWER_TOKENS
+    room = room_for_prompt(model, tokens, ANSWER_TOKENS)
     for number, q in enumerate(requests):
         if (length := len(mosaic.prompt_ids(tokenizer, q.prompt))) > room:
             raise ValueError(f"{at(flags.data, number)}: a request of {length} tokens; "
@@ -405,17 +423,22 @@ def read_requests(
             if not isinstance(row.get(key), str) or not row[key].strip():
                 raise ValueError(f"{here}: {key} is {row.get(key)!r}; it must "
                                  f"be some text, as in {FORM}")
+        kind = row[category].strip()
+        near = near.strip() if isinstance(near, str) else near
+        if kind.lower() == NEUTRAL != kind:
+            raise ValueError(f"{here}: category {kind!r}; write {NEUTRAL} for harmless "
+                             "requests, or name the category otherwise")
         if split not in (None, *SPLITS):
             raise ValueError(f"{here}: split is {split!r}; it must be train, "
                              "validation or test")
-        if near and row[category] != NEUTRAL:
+        if near and kind != NEUTRAL:
             raise ValueError(f"{here}: near is {near!r}; only {NEUTRAL} "
                              "requests can be near misses")
         there = seen.setdefault(row[request].strip().lower(), (here, split))
         if there != (here, split) and (split is None or there[1] != split):
             raise ValueError(f"{here}: the request of {there[0]} again; take one out, "
                              "or the test split would leak")
-        requests.append(Request(row[request], row[category], split or "train", near))
+        requests.append(Request(row[request], kind, split or "train", near))
     if not any(split for _, split in seen.values()):
         fifths = (zlib.crc32(text.encode()) % 5 for text in seen)  # in their order
         requests = [replace(q, split=SPLITS[max(0, part - 2)])
@@ -489,7 +512,9 @@ def read_flags() -> Flags:
         stop(f"{path} is a folder; name the tokens.safetensors in it")
     if flags.add and not flags.tokens:
         stop("--add grows a saved table; name it with --tokens")
-    if flags.export and os.path.exists(flags.export):
+    taken = os.path.exists(flags.export) or (
+        os.path.realpath(flags.export) == os.path.realpath(flags.output))
+    if flags.export and taken:
         stop(f"--export {flags.export} exists already; name a folder that does not")
     if not 0 <= flags.later_turns <= 1:
         stop(f"--later_turns is {flags.later_turns}; it must lie in 0..1")
@@ -507,20 +532,19 @@ def read_flags() -> Flags:
 
 
 def write_results(
-    output: str, tokens: ControlTokens | None, results: dict, shown: dict
+    output: str, learned: bool, results: dict, shown: dict
 ) -> None:
-    """A new table, results.json and report.html, each whole or not at all."""
+    """results.json and report.html beside a new table, each whole or not at all."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    if tokens:
-        tokens.save(folder / "tokens.safetensors")
+    if learned:
         (folder / "training.pt").unlink(missing_ok=True)
     written = {"results.json": json.dumps(results, indent=2) + "\n",
                "report.html": report(results, shown)}
     for name, text in written.items():
         with mosaic.beside(folder / name) as part:
             Path(part).write_text(text, encoding="utf-8")
-    saved = ["tokens.safetensors"] * bool(tokens) + [*written]
+    saved = ["tokens.safetensors"] * learned + [*written]
     print(f"\nwritten to {folder}: {', '.join(saved)}")
 
 
@@ -562,12 +586,15 @@ def stop(message: str) -> None:
 def run() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
-    except torch.OutOfMemoryError as error:
-        stop(f"{one_line(error)[:80]}: lower --batch_size or take a smaller --model")
     except (ValueError, OSError) as error:
         stop(str(error))
+    except RuntimeError as error:
+        if not re.search("out of|allocate memory", str(error)):  # on CUDA, on a CPU
+            raise
+        stop(f"{one_line(error)[:80]}: lower --batch_size or take a smaller --model")
     except KeyboardInterrupt:
         stop("stopped; the same command goes on after the last whole epoch")
 

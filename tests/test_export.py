@@ -206,6 +206,18 @@ def test_an_export_is_not_exported_again_and_leaves_nothing_behind(
         mosaic.export_checkpoint(exported, reader, tokens, tmp_path / "again")
 
 
+def test_settings_that_transformers_refuses_to_save_are_named_as_such(
+    model, tokenizer, tokens, tmp_path
+):
+    model.generation_config.temperature = 0.6  # and no sampling
+    try:
+        with pytest.raises(ValueError, match="temperature"):
+            mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "it")
+    finally:
+        model.generation_config.temperature = None
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_an_adapter_of_no_policy_is_refused(tokens, tmp_path):
     with pytest.raises(ValueError, match="an adapter needs a policy"):
         mosaic.export_peft(tokens, [], tmp_path / "out")

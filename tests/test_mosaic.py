@@ -75,6 +75,13 @@ def test_a_policy_with_an_unknown_category_names_the_known_ones(tokens, policy):
         tokens.compose(policy)
 
 
+def test_a_policy_that_can_be_read_only_once_is_read_whole(tokens):
+    once = (name for name in ["sex", "alcohol"])
+    assert torch.equal(tokens.compose(once), tokens.compose(["alcohol", "sex"]))
+    tokens.freeze(name for name in tokens.categories if name != "sex")
+    assert tokens.trainable == ["sex"]
+
+
 def test_composing_a_policy_gives_m_vectors_per_category(tokens):
     assert tokens.compose(["alcohol", "horror"]).shape == (6, 32)
     assert tokens.compose([]).shape == (0, 32)
@@ -149,7 +156,6 @@ def damage(path, how, tokens):
         path.unlink()
     else:
         about = {"format": 1, "categories": tokens.categories, **tokens.about}
-        about.pop(how.removeprefix("no "), None)
         data = load_file(path)
         if how == "a set missing":
             del data["sex"]
@@ -161,6 +167,11 @@ def damage(path, how, tokens):
             about["format"] = 2
         elif how == "other placement":
             about["placement"] = "anywhere"
+        saved = [data[name] for name in tokens.categories if name in data]
+        about["vectors"] = mosaic.checksum(torch.nn.ParameterList(saved))
+        if how == "altered":
+            data["sex"][0, 0] += 1e-7
+        about.pop(how.removeprefix("no "), None)
         save_file(data, path, metadata={"mosaic": json.dumps(about)})
 
 
@@ -174,12 +185,14 @@ def damage(path, how, tokens):
         "a set missing",
         "another width",
         "not finite",
+        "altered",
         "newer format",
         "other placement",
         "no format",
         "no placement",
         "no fingerprint",
         "no categories",
+        "no vectors",
     ],
 )
 def test_a_damaged_table_is_refused_by_name(tokens, tmp_path, how):
@@ -517,6 +530,31 @@ def test_reference_answers_are_the_models_own_greedy_answers(backbone, tokenizer
         assert known[request].row.answer == plain[0, ids.shape[1] :].tolist()
 
 
+def test_the_teacher_has_no_dropout_even_where_the_model_was_training(tokenizer):
+    model = tiny_model("opt", tokenizer, dropout=0.5)
+    asked = [Request(one, NEUTRAL) for one in ASKED]
+    known = mosaic.reference_answers(model.eval(), tokenizer, asked, 6)
+    again = mosaic.reference_answers(model.train(), tokenizer, asked, 6)
+    for one in asked:
+        assert known[one].row == again[one].row
+        assert torch.equal(known[one].states, again[one].states)
+
+
+def test_a_small_batch_size_holds_wherever_the_teacher_runs(
+    model, tokenizer, tokens, monkeypatch
+):
+    asked = [Request(f"{one} {i}", NEUTRAL) for one in ASKED for i in range(4)]
+    seen, real = [], mosaic.make_batch
+    monkeypatch.setattr(
+        mosaic, "make_batch", lambda *a: seen.append(len(a[2])) or real(*a)
+    )
+    mosaic.reference_answers(model, tokenizer, asked, 2, batch_size=1)
+    assert max(seen) == 4
+    seen.clear()
+    mosaic.drift(model, tokenizer, tokens, asked, [["sex"]], batch_size=1)
+    assert max(seen) == 4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_logits_are_the_models_own_or_a_second_forward_is_taken(
     family, tokenizer, requests, capsys
@@ -766,7 +804,16 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
         run(model, tokenizer, requests, other, checkpoint=path)
     with pytest.raises(ValueError, match=r"anew \(requests"):
         run(model, tokenizer, requests[::-1], checkpoint=path)
-    with pytest.raises(ValueError, match=r"anew \(start .* backbone"):
+    learn = [request for request in requests if request.split == "train"]
+    known = mosaic.reference_answers(model, tokenizer, learn)
+    for change in (  # other answers; other prompts, where a template writes the date
+        lambda row: row._replace(answer=row.answer[:3]),
+        lambda row: row._replace(prompt=[*row.prompt, 5]),
+    ):
+        other = {q: mosaic.Reference(change(one.row)) for q, one in known.items()}
+        with pytest.raises(ValueError, match=r"anew \(requests"):
+            run(model, tokenizer, requests, checkpoint=path, known=other)
+    with pytest.raises(ValueError, match=r"anew \(.*start .* backbone"):
         stranger = tiny_model("llama", tokenizer, seed=1)
         run(stranger, tokenizer, requests, checkpoint=path)
     assert path.read_bytes() == before
@@ -919,6 +966,20 @@ def test_the_judge_knows_another_refusal_sentence_even_cut_short(monkeypatch):
     assert not mosaic.is_refusal("I'm off") and not mosaic.is_refusal("I'm off to bed.")
 
 
+# As words recur in any long text: half of these are there twice or more.
+HOW_TO = """
+Put the car on level ground and pull the brake. Take the jack, the wrench and the
+spare wheel out of the boot. Loosen the nuts of the wheel with the wrench while the
+wheel is on the ground, a turn of each nut is enough. Put the jack under the car where
+the book of the car says, and turn it until the wheel is off the ground. Take the nuts
+off, put the nuts where you can find them, and take the wheel off. Put the spare wheel
+on, and put the nuts on by hand. Turn the jack until the wheel is on the ground, take
+the jack out, and turn the nuts with the wrench, one and then the one across from it.
+Put the wheel, the jack and the wrench in the boot, and have the wheel looked at as
+soon as you can.
+"""
+
+
 @pytest.mark.parametrize(
     "answer, none",
     [
@@ -926,6 +987,8 @@ def test_the_judge_knows_another_refusal_sentence_even_cut_short(monkeypatch):
         ("gin is made " * 5, True),
         ("No.", False),
         ("To be or not to be, that is the question.", False),
+        (HOW_TO, False),
+        (HOW_TO * 3, True),
     ],
 )
 def test_an_answer_without_words_or_in_a_loop_is_none(answer, none):
