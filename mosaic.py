@@ -720,13 +720,12 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the table in place on the "train" split; returns each epoch's mean losses.
 
-    The backbone stays in eval mode and without gradients. Same seed, same CPU, same
-    prompts (some templates write the date): the same tokens, bit for bit. Frozen
-    categories take part in policies and stay as they are. `known`: reference answers
-    to all these requests, made before. `checkpoint`: a file written after each epoch;
-    where there is one of the same run, it is taken up. ValueError: an order outside
-    1..K, nothing to train, a category without requests, a loss that is not finite (the
-    checkpoint holds the tokens of the epoch before).
+    The backbone stays in eval mode and without gradients. Same seed, CPU and prompts
+    (some templates write the date): the same tokens, bit for bit. Frozen categories
+    take part in policies and stay as they are. `known`: reference answers to all these
+    requests, made before. `checkpoint`: a file written after each epoch; one of the
+    same run is taken up. ValueError: an order outside 1..K, nothing to train, a category
+    without requests, a loss not finite (the checkpoint has the epoch before).
     """
     k = len(tokens.categories)
     orders = config.orders or range(1, min(k, 4) + 1)

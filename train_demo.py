@@ -19,6 +19,7 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -114,11 +115,11 @@ def main() -> None:
 
     # Ask: what the untouched backbone declines by itself.
     size = 16 * flags.batch_size  # answers at once: without gradients there is room
+    answer = partial(
+        generate, model, tokenizer, max_new_tokens=JUDGED_TOKENS, batch_size=size)
     test = [request for request in requests if request.split == "test"]
     asked = [request.prompt for request in test]
-    answers = generate(
-        model, tokenizer, None, asked, None, JUDGED_TOKENS, batch_size=size,
-        title="untouched")
+    answers = answer(None, asked, title="untouched")
     plain = dict(zip(asked, answers))
 
     # Train: the tokens alone, against the backbone's own answers.
@@ -130,13 +131,11 @@ def main() -> None:
     system = takes_system(tokenizer)
     ways = {
         "untouched backbone": lambda prompts, policies: [plain[p] for p in prompts],
-        "written instruction": lambda prompts, policies: generate(
-            model, tokenizer, None, [instruct(p, policy, system) for p, policy in
-            zip(prompts, policies)], None, JUDGED_TOKENS, batch_size=size,
+        "written instruction": lambda prompts, policies: answer(
+            None, [instruct(p, policy, system) for p, policy in zip(prompts, policies)],
             title="written instruction"),
-        "MOSAIC": lambda prompts, policies: generate(
-            model, tokenizer, tokens, prompts, policies, JUDGED_TOKENS, batch_size=size,
-            title="MOSAIC"),
+        "MOSAIC": lambda prompts, policies: answer(
+            tokens, prompts, policies, title="MOSAIC"),
     }
     orders = range(1, len(tokens.categories) + 1)
     table = {title: evaluate(respond, test, tokens.categories, orders, seed=flags.seed)

@@ -422,12 +422,12 @@ NOTES = {
     "at 5, drawn by a seed; for the table of MOSAIC-5 with seed 0.",
     "seeds": "Mean of seeds [lowest, highest]; start values and sampling differ.",
     "claims": "The paper's claims and this repository's own goals, some stricter than "
-    "the paper's figures; by point estimates alone, so that a miss by a point or two may "
-    "be chance. Methods: three seeds, as above. Growth and permutations: seed 0, 8 "
+    "the paper's figures; by point estimates alone, so that a miss by a point or two "
+    "may be chance. Methods: three seeds, as above. Growth and permutations: seed 0, 8 "
     "epochs; growth starts with two categories, then adds one (+1), another (+1+1), or "
     "two at once (+2). All else but the ten seeds: seed 0, 4 epochs. Figures run over "
-    "orders 1 to 5; those of lambda are means over them. Unseen subsets: DSR on them less "
-    "that on seen ones, and less the same difference for a table trained on all.",
+    "orders 1 to 5; those of lambda are means over them. Unseen subsets: DSR on them "
+    "less that on seen ones, and less the same difference for a table trained on all.",
 }
 
 
