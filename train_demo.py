@@ -1,283 +1,210 @@
 """MOSAIC from nothing to a table: load, show, train, evaluate, compose, save.
 
     python train_demo.py                     # the embedded backbone; a CPU will do
-    python train_demo.py --model FOLDER      # any chat model that transformers loads
+    python train_demo.py --model FOLDER      # any chat model; also a GGUF file
     python train_demo.py --data FILE.csv     # your own categories
     python train_demo.py --tokens runs/demo/tokens.safetensors --output runs/again
     python train_demo.py --chat runs/demo/tokens.safetensors
 """
 
+import argparse
 import contextlib
+import csv
+import glob
 import html
+import importlib.util
+import itertools
 import json
-import math
 import os
-import random
 import re
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import datasets
-import pandas
 import torch
 import transformers
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from jinja2 import TemplateError
-from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer
+from huggingface_hub import (
+    get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 )
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import mosaic
-from mosaic import NEUTRAL, ControlTokens, Request, TrainConfig, evaluate, generate
+from mosaic import (
+    NEUTRAL, ControlTokens, Request, TrainConfig, evaluate, generate, is_refusal
+)
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = HERE / "data_sample" / "tiny_chat"
+REQUESTS = HERE / "data_sample" / "requests.jsonl"
+SUMMARIES = HERE / "data_sample" / "summaries.json"
 ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
-TALK_TOKENS = 256  # answers in a chat are cut here
-ANSWER_TOKENS = 64  # those that are shown or learned from
-JUDGED_TOKENS = 8  # those that are only judged: whether one declines shows early
+SPLITS = "train", "validation", "test"
+SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation",
+               **{split: split for split in SPLITS}}
+ROLES = ("system", "user", "assistant")
 FORM = '{"request": "...", "category": "...", "split": "train"}'
-SPLITS = ("train", "validation", "test")
-HUB_NAME = r"\w[\w.-]*/[\w.-]+"
-
-
-def flag(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class Flags:
-    """Every flag of the demo."""
-
-    model: str = flag("", "chat model, folder or hub name; empty: the embedded one, or "
-                          f"{ON_CUDA} on CUDA")
-    data: str = flag(str(HERE / "data_sample" / "requests.jsonl"),
-                     "requests: .jsonl, .csv or .parquet file, or dataset of the hub, "
-                     "with columns for request and category and, optionally, split "
-                     "(60 / 20 / 20 by a hash where there is none) and near")
-    request_column: str = flag("request", "the column of --data with the requests")
-    category_column: str = flag("category", "the column of --data with the categories")
-    tokens_per_category: int = flag(5, "M, control tokens of each category")
-    orders: list[int] = field(default_factory=lambda: [1, 2, 3, 4], metadata={
-        "help": "policy sizes to train on; evaluation takes all"})
-    epochs: int = flag(8, "passes over the sampled tasks")
-    learning_rate: float = flag(0.01, "of Adam")
-    batch_size: int = flag(16, "tasks in a step; lower it where memory is short")
-    kd_weight: float = flag(1.0, "lambda, weight of the distillation loss")
-    later_turns: float = flag(0.0, "share of the training requests that also come "
-                                   "after one or two other exchanges")
-    seed: int = flag(0, "of start values and sampling")
-    output: str = flag("runs/demo", "folder for the table, the results and a report")
-    tokens: str = flag("", "a saved table: no training, only evaluation on --data")
-    add: list[str] = field(default_factory=list, metadata={
-        "help": "with --tokens: categories to train beside its own, which stay frozen"})
-    export: str = flag("", "folder to be made: the backbone with the tokens in it, an "
-                           "ordinary checkpoint whose chat template takes a policy")
-    chat: str = flag("", "a saved table to talk under: nothing else is done")
-    device: str = flag("", "cpu or cuda; empty: cuda where there is one")
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>MOSAIC</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root {{ color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif }}
-body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
-h1 {{ overflow-wrap: anywhere }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto }}
-th, td {{ padding: .4rem .7rem; text-align: left; vertical-align: top;
-          border-bottom: 1px solid #8886; min-width: 5rem }}
-</style></head><body><h1>MOSAIC on {model}</h1>
-<h2>Requests declined, test split, percent</h2>{figures}
-<h2>One request of each category under four policies</h2>{answers}
-<h2>Settings</h2>{settings}</body></html>
-"""
+LISTED = r"""\[\s*{\s*["'](role|content)["']"""  # messages that were saved as text
+JUDGED_TOKENS = 16  # of an answer: whether it declines shows early
+SHOWN_TOKENS = 64
+TITLES = {"instruction": "written instruction", "orders": "MOSAIC"}
+TALK_TOKENS = 256
 
 
 # --- The story ------------------------------------------------------------------------
 
 
 def main() -> None:
-    flags = read_flags()
-    device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    flags, config = read_flags()
     if flags.chat:
-        return chat(flags.chat, *load_backbone(flags.model, device)[:2])
-    # Load: a frozen backbone, and a table of control tokens for it.
-    requests = read_requests(flags.data, flags.request_column, flags.category_column)
-    model, tokenizer, name = load_backbone(flags.model, device)
-    tokens = load_tokens(flags, model, tokenizer, requests)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    say_what_learns(requests, tokens, f"{parameters:,} weights of {name} on {device}")
+        return chat(flags.chat, *load_backbone(flags.model, flags.device)[:2])
 
-    # Ask: what the untouched backbone declines by itself.
-    size = 16 * flags.batch_size  # answers at once: without gradients there is room
-    answer = partial(
-        generate, model, tokenizer, max_new_tokens=JUDGED_TOKENS, batch_size=size)
+    # Load: a frozen backbone, labelled requests, and a table of control tokens.
+    requests = read_requests(flags.data, flags.request_column, flags.category_column)
+    summaries = read_summaries(flags.summaries)
+    model, tokenizer, name = load_backbone(flags.model, flags.device)
+    tokens = load_tokens(flags, model, tokenizer, requests)
+    check_fit(flags, config, model, tokenizer, tokens, requests)
+    say_what_learns(requests, tokens, model, f"{name} on {flags.device}")
+
+    # Show: what the untouched backbone declines by itself is not ours to judge.
     test = [request for request in requests if request.split == "test"]
-    asked = [request.prompt for request in test]
-    answers = answer(None, asked, title="untouched")
-    plain = dict(zip(asked, answers))
+    untouched = mosaic.reference_answers(model, tokenizer, test, JUDGED_TOKENS)
+    refusal = tokens.made_for["refusal"]
+    asked = [q for q, own in zip(test, untouched) if not is_refusal(own.text, refusal)]
+    declined = {"requests": len(test) - len(asked), "of": len(test)}
+    print("the backbone declines {requests} of {of} test requests by itself: left out "
+          "of all figures\n".format(**declined))
 
     # Train: the tokens alone, against the backbone's own answers.
-    started = referred = trained = time.time()
-    if learns := not flags.tokens or bool(flags.add):
-        referred, trained = train(flags, model, tokenizer, tokens, requests)
+    started = time.time()
+    learns, folder = bool(tokens.trainable), Path(flags.output)
+    if learns:
+        folder.mkdir(parents=True, exist_ok=True)
+        mosaic.train(model, tokenizer, tokens, requests, config,
+                     checkpoint=str(folder / "training.pt"))
+        tokens.save(str(folder / "tokens.safetensors"))  # whatever comes after
+    trained = time.time()
 
-    # Evaluate: the policies of every order, the same test requests for each method.
-    system = takes_system(tokenizer)
-    ways = {
-        "untouched backbone": lambda prompts, policies: [plain[p] for p in prompts],
-        "written instruction": lambda prompts, policies: answer(
-            None, [instruct(p, policy, system) for p, policy in zip(prompts, policies)],
-            title="written instruction"),
-        "MOSAIC": lambda prompts, policies: answer(
-            tokens, prompts, policies, title="MOSAIC"),
-    }
-    orders = range(1, len(tokens.categories) + 1)
-    table = {title: evaluate(respond, test, tokens.categories, orders, seed=flags.seed)
-             for title, respond in ways.items()}
-    policies = [*([category] for category in tokens.categories), tokens.categories]
-    moved = mosaic.drift(model, tokenizer, tokens, test, policies, size // 4)
-    evaluated = time.time()
-    print_table(table, moved)
+    # Evaluate: policies of every order, the same requests, by a rule and by tokens.
+    figures = measure(model, tokenizer, tokens, asked, summaries)
+    print_figures(figures)
+    seconds = {"train": trained - started, "evaluate": time.time() - trained}
 
     # Compose: a request of each category under four policies. Save, export.
-    shown = show_answers(model, tokenizer, tokens, test)
-    declined = mosaic.share(mosaic.openings_judge(asked, answers))
-    results = {
-        "model": name, "seed": flags.seed, "config": asdict(flags),
-        "backbone": {"parameters": parameters, "refusal_rate": declined["rate"],
-                     "n": declined["n"]},
-        "orders": table["MOSAIC"], "drift": moved,
-        "instruction": table["written instruction"],
-        "seconds": {"reference": referred - started, "train": trained - referred,
-                    "evaluate": evaluated - trained}}
-    write_results(flags.output, learns, results, shown)
+    shown = show_answers(model, tokenizer, tokens, asked)
+    results = {"model": name, "settings": vars(flags) | asdict(config),
+               "seconds": seconds, "backbone_declines": declined, **figures}
+    write_results(folder, results, shown)
+    if learns:
+        (folder / "training.pt").unlink()
     if flags.export:
         mosaic.export_checkpoint(model, tokenizer, tokens, flags.export)
-        print(f"exported to {flags.export}")
+        print(f"exported to {flags.export}, read back and compared")
 
 
 # --- Its parts ------------------------------------------------------------------------
 
 
-def train(
-    flags, model, tokenizer, tokens: ControlTokens, requests
-) -> tuple[float, float]:
-    """Train and save the table; returns when references, and when tokens were ready."""
-    config = TrainConfig(
-        orders=tuple(flags.orders), epochs=flags.epochs, kd_weight=flags.kd_weight,
-        learning_rate=flags.learning_rate, batch_size=flags.batch_size, seed=flags.seed)
-    learn = [request for request in requests if request.split == "train"]
-    some = config.answer_tokens, 4 * config.batch_size
-    known = mosaic.reference_answers(model, tokenizer, learn, *some)
-    later = in_later_turns(learn, known, tokenizer, flags)
-    if later:
-        known |= mosaic.reference_answers(model, tokenizer, later, *some)
-    referred = time.time()
-    learn = learn + later
-    mosaic.train(model, tokenizer, tokens, learn, config, known, unfinished(flags))
-    tokens.save(Path(flags.output) / "tokens.safetensors")  # whatever comes after
-    return referred, time.time()
-
-
-def say_what_learns(requests, tokens: ControlTokens, frozen: str) -> None:
+def say_what_learns(requests, tokens: ControlTokens, model, where: str) -> None:
     """What was read, what will be trained, and what stays as it is."""
     counts = Counter((q.category, q.split) for q in requests)
     names = dict.fromkeys(q.category for q in requests)
-    said = (f"{name} " + "/".join(str(counts[name, split]) for split in SPLITS)
+    rows = (f"{name} " + "/".join(str(counts[name, split]) for split in SPLITS)
             for name in names)
-    print(f"read:    {len(requests):,} requests, {'/'.join(SPLITS)}: {', '.join(said)}")
-    learn, every = tokens.trainable, tokens.categories
+    print(f"read:    {len(requests):,} requests, {'/'.join(SPLITS)}: {', '.join(rows)}")
     numbers = sum(v.numel() for v in tokens.parameters() if v.requires_grad)
+    learn = ", ".join(tokens.trainable)
     print(f"trained: {numbers:,} numbers, {len(tokens.vectors[0])} control tokens for "
-          f"each of {', '.join(learn)}" if learn else "trained: nothing")
-    kept = ", ".join(name for name in every if name not in learn)
-    print(f"frozen:  {f'the tokens of {kept}; ' * bool(kept)}{frozen}\n")
+          f"each of {learn}" if learn else "trained: nothing")
+    kept = ", ".join(name for name in tokens.categories if name not in tokens.trainable)
+    weights = sum(weight.numel() for weight in model.parameters())
+    kept = f"the tokens of {kept}; " if kept else ""
+    print(f"frozen:  {kept}{weights:,} weights of {where}")
 
 
-def takes_system(tokenizer) -> bool:
-    """Whether the chat template knows system messages (Gemma's refuses them)."""
-    try:
-        shown = mosaic.prompt_ids(tokenizer, instruct("Hi", ["zebras"], True))
-    except TemplateError:
-        return False
-    return "zebras" in tokenizer.decode(shown)  # some leave them out in silence
-
-
-def instruct(prompt: str, policy, system: bool) -> list[dict[str, str]]:
+def instruct(prompt, policy, summaries: dict[str, str], tokenizer) -> list[dict]:
     """The paper's in-context baseline: the policy as a written rule, no tokens.
 
-    In a system message or, without one, before the user's words.
+    A sentence for each category; in a system message or, where the chat template knows
+    none (Gemma's), before the user's words.
     """
-    rule = f"Do not talk about {' or '.join(policy)}. Answer everything else."
-    if not system:
-        return [{"role": "user", "content": f"{rule}\n\n{prompt}"}]
-    return [{"role": "system", "content": rule}, {"role": "user", "content": prompt}]
+    rules = " ".join(f"- {summaries.get(name, name)}" for name in policy)
+    rule = (f"Decline requests on any of these subjects: {rules} "
+            f'Then say only "{mosaic.REFUSAL}" Answer everything else as usual.')
+    messages = mosaic.as_messages(prompt)
+    ruled = [{"role": "system", "content": rule}, *messages]
+    with contextlib.suppress(TemplateError):
+        if rule in mosaic.render(tokenizer, ruled):  # some leave it out in silence
+            return ruled
+    first = messages[0] | {"content": f"{rule}\n\n{messages[0]['content']}"}
+    return [first, *messages[1:]]
 
 
-def print_table(table: dict[str, list[dict]], moved: dict[str, float]) -> None:
-    """DSR / OR per order, near-miss OR over all orders, in percent; then the drift."""
-    heads = [f"order {cell['order']}" for cell in table["MOSAIC"]] + ["near-miss OR"]
-    print("\ntest split, percent: DSR (up) / OR (down)")
-    print(" " * 20 + "".join(f"{head:>14}" for head in heads))
-    for title, cells in table.items():
-        shown = [f"{percent([cell['dsr']])} / {percent([cell['over_refusal']])}"
-                 for cell in cells]
-        shown.append(percent([cell["near_miss"] for cell in cells]))
-        print(f"{title:20}" + "".join(f"{cell:>14}" for cell in shown))
-    print(f"\ndrift on neutral answers: KL {moved['kl']:.4f} nats a token, "
-          f"the same token first in {moved['top1_agreement']:.1%}\nempty or degenerate "
-          f"answers: {percent([cell['degenerate'] for cell in table['MOSAIC']])}%")
+def measure(model, tokenizer, tokens, requests, summaries) -> dict[str, list[dict]]:
+    """Figures of every order, for each of TITLES."""
+
+    def by_tokens(prompts, policies):
+        return generate(model, tokenizer, tokens, prompts, policies, JUDGED_TOKENS,
+                        title="MOSAIC")
+
+    def by_instruction(prompts, policies):
+        pairs = zip(prompts, policies)
+        ruled = [instruct(prompt, s, summaries, tokenizer) for prompt, s in pairs]
+        return generate(model, tokenizer, None, ruled, None, JUDGED_TOKENS,
+                        title="written instruction")
+
+    def judge(prompt, answer):
+        return is_refusal(answer, tokens.made_for["refusal"])
+
+    every = tokens.categories
+    orders = range(1, len(every) + 1)
+    respond = {"instruction": by_instruction, "orders": by_tokens}
+    return {key: evaluate(respond[key], requests, every, orders, judge=judge)
+            for key in TITLES}
 
 
-def percent(shares: list[dict[str, float]]) -> str:
-    """The shares as one, "-" where nothing was asked."""
-    n = sum(one["n"] for one in shares)
-    hits = sum(one["rate"] * one["n"] for one in shares)
-    return f"{100 * hits / n:.1f}" if n else "-"
+def print_figures(figures: dict[str, list[dict]]) -> None:
+    """DSR, OR and near-miss OR per order, in percent."""
+    print("\ntest split, percent: DSR (up) / OR (down) / near-miss OR (down)")
+    for key, title in TITLES.items():
+        print(title)
+        for cell in figures[key]:
+            print(f"  order {cell['order']}  " + " / ".join(percents(cell)))
 
 
-def show_answers(
-    model, tokenizer, tokens: ControlTokens, test: list[Request]
-) -> dict[str, list[str]]:
+def percents(cell: dict) -> list[str]:
+    """Its three shares with their 95% intervals, "-" where nothing was asked."""
+    texts = []
+    for share in cell["dsr"], cell["over_refusal"], cell["near_miss"]:
+        rate, low, high = (100 * share[key] for key in ("rate", "low", "high"))
+        texts.append(f"{rate:5.1f} [{low:.1f}, {high:.1f}]" if share["n"] else "-")
+    return texts
+
+
+def show_answers(model, tokenizer, tokens, requests) -> list[tuple[str, str, str]]:
     """One request of each category under no policy, its own, another and all."""
-    every, shown = tokens.categories, {}
+    every, shown = tokens.categories, []
     for i, category in enumerate(every):
-        prompt = next((q.prompt for q in test if q.category == category), None)
+        prompt = next((q.prompt for q in requests if q.category == category), None)
         if prompt is None:
             continue
-        names = ("none", category, every[i - 1], "all")
+        policies = [], [category], [every[i - 1]], every
         answers = generate(
-            model, tokenizer, tokens, [prompt] * 4,
-            [[], [category], [every[i - 1]], every], ANSWER_TOKENS)
-        shown[f"{category}: {prompt}"] = answers
-        print(f"\n{category}: {prompt}")
-        for name, answer in zip(names, answers):
-            print(f"{name:>12} | {answer}")
+            model, tokenizer, tokens, [prompt] * 4, policies, SHOWN_TOKENS)
+        title = f"{category}: {mosaic.last_words(prompt)}"
+        print(f"\n{title}")
+        for name, answer in zip(("none", category, every[i - 1], "all"), answers):
+            print(f"{name:>12} | {' '.join(answer.split())}")
+            shown.append((title, name, answer))
+            title = ""  # the report has it once
     return shown
-
-
-def in_later_turns(learn: list[Request], known, tokenizer, flags) -> list[Request]:
-    """Training requests again, as the second or third of a talk: policies last."""
-    draw, again = random.Random(flags.seed), []
-    for request in draw.sample(learn, round(flags.later_turns * len(learn))):
-        before = []
-        for other in draw.sample(learn, draw.choice((1, 2))):
-            answer = tokenizer.decode(known[other].row.answer, skip_special_tokens=True)
-            before += [other.prompt, answer.strip()]
-        again.append(replace(request, prompt=(*before, request.prompt)))
-    return again
-
-
-def unfinished(flags: Flags) -> Path:
-    """The file that a stopped run leaves in its folder, and the next one takes up."""
-    Path(flags.output).mkdir(parents=True, exist_ok=True)
-    return Path(flags.output) / "training.pt"
 
 
 def chat(path: str, model, tokenizer) -> None:
@@ -317,46 +244,124 @@ def chat(path: str, model, tokenizer) -> None:
             streamer = TextStreamer(
                 tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
-                (answer,) = generate(
-                    model, tokenizer, tokens, [turns], [policy], TALK_TOKENS,
-                    streamer=streamer)
+                (answer,) = generate(model, tokenizer, tokens, [turns], [policy],
+                                     TALK_TOKENS, streamer=streamer)
             except KeyboardInterrupt:  # enough of this answer
                 answer = "..."
                 print()
             turns.append({"role": "assistant", "content": answer})
 
 
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>MOSAIC</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root {{ color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+th, td {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #8886 }}
+</style></head><body><h1>MOSAIC on {model}</h1>
+<h2>Requests declined, test split, percent [95%]</h2><table>{figures}</table>
+<h2>One request of each category under four policies</h2><table>{answers}</table>
+<h2>Settings</h2><table>{settings}</table></body></html>
+"""
+
+
+def write_results(folder: Path, results: dict, shown: list) -> None:
+    """results.json and report.html, each whole or not at all."""
+
+    def rows(lines) -> str:
+        cells = ([html.escape(str(cell)) for cell in line] for line in lines)
+        return "\n".join(f"<tr><td>{'<td>'.join(line)}" for line in cells)
+
+    figures = [["", "DSR (up)", "OR (down)", "near-miss OR (down)"]] + [
+        [f"{title}, order {cell['order']}", *percents(cell)]
+        for key, title in TITLES.items() for cell in results[key]]
+    page = PAGE.format(model=html.escape(results["model"]), figures=rows(figures),
+                       answers=rows(shown), settings=rows(results["settings"].items()))
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {"results.json": json.dumps(results, indent=2) + "\n",
+               "report.html": page}
+    for name, text in written.items():
+        with mosaic.beside(str(folder / name)) as part:
+            Path(part).write_text(text, encoding="utf-8")
+    print(f"\nwritten to {folder}: {', '.join(written)}")
+
+
+# --- What a user brings ---------------------------------------------------------------
+
+
 def load_backbone(name: str, device: str):
-    """(model, tokenizer, name): fp32 on a CPU, bf16 on CUDA. ValueError: no model."""
+    """(model, tokenizer, name): fp32 on a CPU, bf16 on CUDA. ValueError: no model.
+
+    `name` is a folder, a GGUF file, a LoRA adapter's folder, or a name of the hub.
+    """
     if not name and device == "cuda":
         try:
             return load_backbone(ON_CUDA, device)
         except ValueError as error:
             print(f"{error}; taking the embedded backbone instead")
     name = name or os.path.relpath(EMBEDDED)
-    if not os.path.isdir(name) and not re.fullmatch(HUB_NAME, name):
-        raise ValueError(f"no model folder {name}; give one with a transformers "
-                         f"checkpoint, or a hub name such as {ON_CUDA}")
+    source, options = find_model(name)
+    options["trust_remote_code"] = False  # else transformers asks, and runs it on a "y"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
-        if not os.path.isdir(name) and not try_to_load_from_cache(name, "config.json"):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"))  # one try, not twelve
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            output_loading_info=True, ignore_mismatched_sizes=True)
+        if not (os.path.isdir(source) or try_to_load_from_cache(source, "config.json")):
+            get_hf_file_metadata(hf_hub_url(source, "config.json"))  # one try, not 19
+        if os.path.isfile(f"{source}/adapter_config.json"):
+            from peft import AutoPeftModelForCausalLM
+
+            adapted = AutoPeftModelForCausalLM.from_pretrained(
+                source, dtype=dtype, **options)
+            model, loading = adapted.merge_and_unload(), {}
+            if not os.path.isfile(f"{source}/tokenizer_config.json"):  # it adds none
+                source = model.config._name_or_path
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = model.to(device)  # may not fit
-        mosaic.prompt_ids(tokenizer, "Hi")  # is there a template that works?
+        mosaic.prompt_ids(tokenizer, "Hi", place=True)  # does its template work?
+        mosaic.check_backbone(model)
     except Exception as error:  # anything at all can be wrong with a checkpoint
-        raise ValueError(f"model {name} cannot be used: {one_line(error)}") from error
-    for key, found, wanted in loading["mismatched_keys"]:
+        why = one_line(error)
+        if "trust_remote_code" in str(error):
+            why = "it needs code of its own to be run (trust_remote_code); take another"
+        raise ValueError(f"model {name} cannot be used: {why}") from error
+    for key, found, wanted in loading.get("mismatched_keys", ()):
         raise ValueError(f"model {name}: {key} is {[*found]}, its config says "
                          f"{[*wanted]}; get the whole checkpoint")
-    if keys := sorted(loading["missing_keys"]):  # these weights would be random
+    if keys := sorted(loading.get("missing_keys", ())):  # they would be random
         raise ValueError(f"model {name} has {len(keys)} missing keys, first {keys[0]}; "
                          "get the whole checkpoint")
-    if keys := sorted(loading["unexpected_keys"]):
+    if keys := sorted(loading.get("unexpected_keys", ())):
         print(f"model {name} has {len(keys)} weights that go unused, first {keys[0]}")
     return model, tokenizer, name
+
+
+def find_model(name: str) -> tuple[str, dict]:
+    """(what from_pretrained takes, its options). ValueError: nothing is there."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        found = sorted(path.glob("*.gguf"))
+        several = ", ".join(map(str, found))
+        refuse(len(found) > 1, f"several GGUF files; name one of {several}")
+        path = found[0] if found else path
+    if path.suffix.lower() == ".gguf":
+        refuse(not path.is_file(), f"no file {name}")
+        needed = [p for p in ("gguf", "accelerate") if not importlib.util.find_spec(p)]
+        refuse(needed, f"to read {name}: pip install {' '.join(needed)}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        adapter = (path / "adapter_config.json").is_file()
+        refuse(adapter and not importlib.util.find_spec("peft"),
+               f"{name} is an adapter: pip install peft, or merge it")
+        return name, {}
+    is_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    refuse(path.exists() or path.is_absolute() or not is_hub,
+           f"no model folder {name}; give one with a transformers checkpoint, or a hub "
+           f"name such as {ON_CUDA}")
+    return name, {}
 
 
 def room_for_prompt(model, tokens: ControlTokens, answer: int) -> int:
@@ -365,46 +370,62 @@ def room_for_prompt(model, tokens: ControlTokens, answer: int) -> int:
     return longest - sum(map(len, tokens.vectors)) - answer
 
 
-def load_tokens(
-    flags: Flags, model, tokenizer, requests: list[Request]
-) -> ControlTokens:
+def load_tokens(flags, model, tokenizer, requests: list[Request]) -> ControlTokens:
     """A saved table, grown by --add, or a fresh one. ValueError: it does not fit."""
-    train = [q for q in requests if q.split == "train" and not q.near]
-    learn = dict.fromkeys(q.category for q in train)
+    learn = [q for q in requests if q.split == "train" and not q.near]
     if flags.tokens:
         tokens = ControlTokens.load(flags.tokens, model)
         tokens.freeze(tokens.categories)
-        tokens.add(model, tokenizer, flags.add, seed=flags.seed)
-    elif found := [category for category in learn if category != NEUTRAL]:
-        tokens = ControlTokens.for_model(
-            model, tokenizer, found, flags.tokens_per_category, flags.seed)
-    else:
-        raise ValueError(f"{flags.data}: no request to learn from; it takes some with "
-                         f"split train and a category other than {NEUTRAL}")
+        tokens.add(model, tokenizer, flags.add, requests=learn, seed=flags.seed)
+        return tokens
+    found = [c for c in dict.fromkeys(q.category for q in learn) if c != NEUTRAL]
+    refuse(not found, f"{flags.data}: no request to learn from; it takes some with "
+           f"split train and a category other than {NEUTRAL}")
+    return ControlTokens.for_model(
+        model, tokenizer, found, flags.tokens_per_category, learn, seed=flags.seed)
+
+
+def check_fit(flags, config, model, tokenizer, tokens, requests) -> None:
+    """ValueError, before anything runs: requests, table and settings do not fit."""
     known = [*tokens.categories, NEUTRAL]
-    for number, q in enumerate(requests):
+    for q in requests:
         for key, value in (("category", q.category), ("near", q.near or NEUTRAL)):
             if value not in known:
-                raise ValueError(f"{at(flags.data, number)}: unknown {key} {value!r}; "
-                                 f"known here are {', '.join(known)}")
-    if lacking := [name for name in known if name not in learn and tokens.trainable]:
-        raise ValueError(
-            f"{flags.data}: no training request of {lacking[0]}, only of "
-            f"{', '.join(learn)}; it takes some of each category of the table, and "
-            f"{NEUTRAL} ones such as those in data_sample/requests.jsonl")
-    room = room_for_prompt(model, tokens, ANSWER_TOKENS)
-    for number, q in enumerate(requests):
-        if (length := len(mosaic.prompt_ids(tokenizer, q.prompt))) > room:
-            raise ValueError(f"{at(flags.data, number)}: a request of {length} tokens; "
-                             f"beside control tokens and answer {room} fit the model")
-    if "test" not in {q.split for q in requests}:
-        raise ValueError(f"{flags.data}: no request has split 'test'; take more rows")
-    if flags.orders == Flags().orders:  # not asked for: as far as there are categories
-        flags.orders = [r for r in flags.orders if r <= len(tokens.categories)]
-    if not set(flags.orders) <= set(range(1, len(tokens.categories) + 1)):
-        raise ValueError(f"--orders {flags.orders} must lie in "
-                         f"1..{len(tokens.categories)}, the number of categories")
-    return tokens
+                raise ValueError(f"{at(flags, q)}: unknown {key} {value!r}; known here "
+                                 f"are {', '.join(known)}")
+    learn = {q.category for q in requests if q.split == "train" and not q.near}
+    for name in known if tokens.trainable else ():
+        refuse(name not in learn, f"{flags.data}: no training request of {name}; it "
+               f"takes some of each category, and {NEUTRAL} ones such as those in "
+               "data_sample/requests.jsonl")
+    refuse("test" not in {q.split for q in requests},
+           f"{flags.data}: no request has split 'test'; take more rows")
+    k, orders = len(tokens.categories), config.orders or ()
+    refuse(not {*orders} <= {*range(1, k + 1)},
+           f"--orders {[*orders]} must lie in 1..{k}, the number of categories")
+    mosaic.refusal_ids(model, tokenizer, tokens.made_for["refusal"])  # can it end?
+    room = room_for_prompt(model, tokens, max(SHOWN_TOKENS, config.answer_tokens))
+    for q in requests:
+        try:
+            length = len(mosaic.prompt_ids(tokenizer, q.prompt))
+            refuse(length > room, f"a request of {length} tokens; beside control "
+                   f"tokens and answer {room} fit the model")
+        except (ValueError, TemplateError) as error:  # a role that the template lacks
+            raise ValueError(f"{at(flags, q)}: {error}") from error
+
+
+def read_summaries(path: str) -> dict[str, str]:
+    """{category: what it covers, in a sentence}, for the written instruction."""
+    try:
+        found = json.loads("".join(read_lines(path)))
+    except json.JSONDecodeError:
+        found = None
+    refuse(not isinstance(found, dict) or {*map(type, found.values())} - {str},
+           f'{path}: it must be JSON like {{"alcohol": "Drinks with alcohol."}}')
+    return found
+
+
+# --- Data of one's own ----------------------------------------------------------------
 
 
 def read_requests(
@@ -412,164 +433,293 @@ def read_requests(
 ) -> list[Request]:
     """The requests of a file or hub dataset. ValueError: names file, line and fix.
 
-    Where no row has a split a hash of its text gives each its own, 60 / 20 / 20: the
-    same in every file, so that a table that grows is not tested on what it has learned.
+    A request is a text or, outside CSV, a list of chat messages. An assistant's message
+    at the end of a list, the answer in data sets for TRL, is left out. Where no row has
+    a split a hash of the text gives each its own, 60 / 20 / 20: the same in every file,
+    so that a table that grows is not tested on what it has learned.
     """
-    requests, seen = [], {}
-    for number, row in enumerate(read_rows(path, (request, category))):
-        here, split, near = at(path, number), row.get("split"), row.get("near")
-        for key in (request, category):
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise ValueError(f"{here}: {key} is {row.get(key)!r}; it must "
-                                 f"be some text, as in {FORM}")
-        kind = row[category].strip()
-        near = near.strip() if isinstance(near, str) else near
-        if kind.lower() == NEUTRAL != kind:
-            raise ValueError(f"{here}: category {kind!r}; write {NEUTRAL} for harmless "
-                             "requests, or name the category otherwise")
-        if split not in (None, *SPLITS):
-            raise ValueError(f"{here}: split is {split!r}; it must be train, "
-                             "validation or test")
-        if near and kind != NEUTRAL:
-            raise ValueError(f"{here}: near is {near!r}; only {NEUTRAL} "
-                             "requests can be near misses")
-        there = seen.setdefault(row[request].strip().lower(), (here, split))
-        if there != (here, split) and (split is None or there[1] != split):
-            raise ValueError(f"{here}: the request of {there[0]} again; take one out, "
-                             "or the test split would leak")
-        requests.append(Request(row[request], kind, split or "train", near))
-    if not any(split for _, split in seen.values()):
-        fifths = (zlib.crc32(text.encode()) % 5 for text in seen)  # in their order
-        requests = [replace(q, split=SPLITS[max(0, part - 2)])
-                    for q, part in zip(requests, fifths)]
-    return requests
+    return [*placed_requests(path, request, category).values()]
 
 
-def at(path: str, number: int) -> str:
-    """Where a row is: a line of JSONL, else counted from 1, without a header."""
-    return f"{path}{':' if path.endswith('.jsonl') else ' row '}{number + 1}"
+def at(flags, request: Request) -> str:
+    """Where a request stands. Reads the data again, as only a mistake asks."""
+    columns = flags.request_column, flags.category_column
+    places = placed_requests(flags.data, *columns).items()
+    return next((here for here, one in places if one == request), flags.data)
 
 
-def read_rows(path: str, columns: tuple[str, str]) -> list[dict]:
-    """The rows of a file or hub dataset, as they are. ValueError: it has none."""
-    kinds = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-    kind = kinds.get(Path(path).suffix)
-    if not os.path.isfile(path) and (kind or not re.fullmatch(HUB_NAME, path)):
-        raise ValueError(f"{path}: no such file")
-    if os.path.isfile(path) and not kind:
-        raise ValueError(f"{path}: unknown kind of file; known are {', '.join(kinds)}")
-    if kind == "json" and (wrong := bad_line(path)):
-        raise ValueError(f"{wrong}; each line of --data is like {FORM}")
+def refuse(wrong: object, message: str) -> None:
+    """ValueError with this message where something is wrong."""
+    if wrong:
+        raise ValueError(message)
+
+
+def placed_requests(path: str, request: str, category: str) -> dict[str, Request]:
+    """{place: request}, each request at the first place where it stands."""
+    seen, spelled, filled, count = {}, {}, {}, 0
+    for count, (here, row) in enumerate(read_rows(path), 1):
+        if count == 1:
+            request = request_column(path, row, request, category)
+        try:
+            one = read_request(row, request, category)
+            filled.setdefault(cell(row, "split") is not None, here)
+            refuse(len(filled) == 2, f"split is {row.get('split')!r}, other than in "
+                   f"{[*filled.values()][0]}; fill it in every row or in none")
+            for name in filter(None, (one.category, one.near)):
+                there, known = spelled.setdefault(spelling(name), (here, name))
+                refuse(name != known, f"category {name!r}, but {known!r} in {there}; "
+                       "choose one spelling")
+            there, same = seen.setdefault(text_of(one.prompt), (here, one))
+            refuse(one.split != same.split, f"the request of {there} again; take one "
+                   "out, or the test split would leak")
+            refuse((one.category, one.near) != (same.category, same.near),
+                   f"the request of {there} again, with another category or near; keep "
+                   "the row that is right")
+        except ValueError as error:
+            raise ValueError(f"{here}: {error}") from None
+    refuse(not seen, f"{path}: the file is empty (no rows); one is like {FORM}")
+    if repeats := count - len(seen):
+        print(f"{path}: repeated rows (request, category, split) merged: {repeats:,}")
+    return dict(seen.values())
+
+
+def request_column(path: str, row: dict, request: str, category: str) -> str:
+    """The column with the requests: `messages` where there is no `request`."""
+    if request == "request" and "request" not in row and "messages" in row:
+        request = "messages"
+    for name in (request, category):
+        refuse(name not in row, f"{path}: no column {name!r}, only {', '.join(row)}; "
+               "name yours with --request_column and --category_column")
+    for name in row:  # else it would go unread
+        refuse(name != name.lower() in ("split", "near"),
+               f"{path}: column {name!r}; write {name.lower()!r}")
+    return request
+
+
+def read_request(row: dict, request: str, category: str) -> Request:
+    """The request of a row. ValueError: what is wrong with it."""
+    prompt, kind = row.get(request), row.get(category)
+    if isinstance(prompt, list):
+        prompt = read_messages(request, prompt)
+    elif not isinstance(prompt, str) or re.match(LISTED, prompt) or not prompt.strip():
+        raise ValueError(f"{request} is {prompt!r:.80}; it must be some text, as in "
+                         f"{FORM}, or a list of messages, which CSV cannot hold")
+    refuse(not isinstance(kind, str) or re.fullmatch(r"\s*([-+]?[\d.,]+)?\s*", kind),
+           f"{category} is {kind!r:.80}; it must be some text, the name of a category "
+           f"in words, as in {FORM}")
+    kind, split, near = kind.strip(), cell(row, "split"), cell(row, "near")
+    refuse(kind.lower() == NEUTRAL != kind, f"category {kind!r}; write {NEUTRAL} for "
+           "harmless requests, or name the category otherwise")
+    refuse(near and (kind != NEUTRAL or str(near).lower() == NEUTRAL),
+           f"near is {near!r}; only {NEUTRAL} requests can be near misses, of others")
+    refuse(not isinstance(near, str | None), f"near is {near!r}; name a category")
+    refuse(split is not None and str(split) not in SPLIT_NAMES,
+           f"split is {split!r}; it must be train, validation or test")
+    fifth = zlib.crc32(text_of(prompt).encode()) % 5
+    return Request(
+        prompt, kind, SPLIT_NAMES.get(split, SPLITS[max(0, fifth - 2)]), near)
+
+
+def read_messages(column: str, turns: list) -> list[dict[str, str]]:
+    """Chat messages up to the last of the user, without an answer to it."""
+    for turn in turns:
+        known = isinstance(turn, dict) and turn.get("role") in ROLES
+        refuse(not known or not isinstance(turn.get("content"), str),
+               f'{column} holds {turn!r:.80}; a message is like {{"role": "user", '
+               f'"content": "..."}}, its role one of {", ".join(ROLES)}')
+    turns = [{key: turn[key] for key in ("role", "content")} for turn in turns]
+    asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    refuse(not asked or asked[-1]["role"] != "user" or not asked[-1]["content"].strip(),
+           f"{column} must end with some text of the user's, or with one answer to it")
+    return asked
+
+
+def cell(row: dict, column: str) -> object:
+    """What a cell that may be empty holds, without the blanks around; None: nothing."""
+    value = row.get(column)
+    return (value.strip() or None) if isinstance(value, str) else value
+
+
+def text_of(prompt: str | list[dict[str, str]]) -> str:
+    """What two prompts have in common that are the same to a reader."""
+    turns = [prompt] if isinstance(prompt, str) else [q["content"] for q in prompt]
+    return "\n".join(turns).strip().lower()
+
+
+def spelling(category: str) -> str:
+    """What two spellings of one category have in common."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", category)).casefold()
+
+
+def read_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a file or hub dataset. ValueError: there is none to read."""
+    kinds = {".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows,
+             ".csv": csv_rows, ".tsv": csv_rows, ".parquet": typed_rows}
+    name, ending = path.partition(":")[0], Path(path).suffix.lower()
+    if os.path.isfile(path):
+        refuse(ending not in kinds,
+               f"{path}: unknown kind of file; known are {', '.join(kinds)}")
+        return kinds[ending](path)
+    refuse(os.path.isdir(name), f"{path}: no such file, but a folder; name one in it")
+    is_hub = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]+(:.+)?", path)
+    refuse(not is_hub or re.search(r"\.[A-Za-z]{2,7}$", name),  # as files' names end
+           f"{path}: no such file; name one, or a dataset of the hub")
+    return typed_rows(path)
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """The lines of a text file, with a newline at their ends, whatever the system."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            refuse(re.search("[\udc80-\udcff]", line),  # in place of a byte
+                   f"{path}:{number}: not in UTF-8; save the file as UTF-8")
+            yield line
+
+
+def once(pairs: Iterable[tuple[str, object]], where: str = "") -> dict:
+    """{name: value}. ValueError: a name is there twice, and one would go unread."""
+    found = {}
+    for name, value in pairs:
+        refuse(name and name in found, f"{where}{name!r} is there twice; rename one")
+        found[name] = value
+    return found
+
+
+def json_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """Objects, one a line or, in .json, all in one list."""
+    whole = "".join(read_lines(path)) if path.lower().endswith(".json") else ""
+    listed = whole.lstrip().startswith("[")
+    for line, text in enumerate([whole] if listed else read_lines(path), 1):
+        if not text.strip():
+            continue
+        try:
+            found = json.loads(text.rstrip(), object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:
+            line += getattr(error, "lineno", 1) - 1
+            wrong = getattr(error, "msg", error)
+            raise ValueError(f"{path}:{line}: not JSON ({wrong}); each line is like "
+                             f"{FORM}, or all of a .json a list of such") from None
+        for number, row in enumerate(found if listed else [found], 1):
+            here = f"{path} row {number}" if listed else f"{path}:{line}"
+            refuse(not row or not isinstance(row, dict),
+                   f"{here}: not an object with fields, as in {FORM}")
+            yield here, row
+
+
+def csv_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """Rows of words between commas, semicolons (as Excel in Europe writes) or tabs."""
+    lines = read_lines(path)
+    header, columns, here = next(lines, ""), [], f"{path}:1"
+    marks = "\t" if path.lower().endswith(".tsv") else ",;\t"
+    mark = next((mark for mark in marks if mark in header), marks[0])
+    rows = csv.reader(itertools.chain([header], lines), delimiter=mark, strict=True,
+                      skipinitialspace=True)
+    try:
+        for cells in rows:
+            if not columns:
+                columns = [name.strip() for name in cells]
+                once(zip(columns, cells), f"{here}: column ")
+            elif any(cells):
+                refuse(len(cells) != len(columns),
+                       f"{here}: {len(cells)} cells, but {len(columns)} columns; put "
+                       f'"quotes" around a cell with {mark!r} in it')
+                yield here, dict(zip(columns, cells))
+            here = f"{path}:{rows.line_num + 1}"  # a cell may hold several lines
+    except csv.Error as error:
+        raise ValueError(f'{here}: {error}; put "quotes" around the whole cell, and '
+                         'write "" for each inside') from None
+
+
+def typed_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """Rows of Parquet or of the hub (NAME or NAME:CONFIG), classes by their names."""
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else: a call over the network
+    name, config = (path.split(":", 1) + [None])[:2]
+    is_file = os.path.isfile(path)
+    what = ("parquet", None, None, glob.escape(path)) if is_file else (name, config)
     try:  # streaming: nothing is copied into a cache
-        parts = datasets.load_dataset(
-            kind or path, data_files=path if kind else None, streaming=True)
-        own = len(parts) > 1  # splits of a dataset of the hub
-        rows = [row | ({"split": name} if own else {}) for name, part in parts.items()
-                for row in part]
+        parts = datasets.load_dataset(*what, streaming=True)
+        for part, rows in parts.items():
+            own = {"split": part} if len(parts) > 1 else {}
+            if own and part not in SPLIT_NAMES:
+                print(f"{path}: split {part} is left out; {', '.join(SPLITS)} are read")
+                continue
+            kinds = getattr(rows, "features", None) or {}
+            classes = {column: dict(enumerate(kind.names)) for column, kind
+                       in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+            for number, row in enumerate(rows, 1):
+                named = {column: names.get(row[column], row[column])
+                         for column, names in classes.items()}
+                where = " ".join([path, *own.values(), f"row {number}"])
+                yield where, row | named | own
     except Exception as error:  # as many kinds as there are readers
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
-    if not rows:
-        raise ValueError(f"{path}: the file is empty")
-    if lacking := [name for name in columns if name not in rows[0]]:
-        found = ", ".join(map(str, rows[0]))
-        raise ValueError(f"{path}: no column {lacking[0]!r}, only {found}; name yours "
-                         "with --request_column and --category_column")
-    return rows
+        hint = "" if is_file else f" (a config is named as in {name}:CONFIG)"
+        raise ValueError(f"{path} cannot be read{hint}: {one_line(error)}") from error
 
 
-def bad_line(path: str) -> str:
-    """Where and why a file is not JSON lines; empty if it is."""
-    number = 0
-    try:
-        with open(path, "rb") as file:  # bytes: so that a bad one has its own line
-            for number, line in enumerate(file, 1):
-                row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict) or not row:
-                    return f"{path}:{number}: not an object with fields"
-    except ValueError as error:
-        return f"{path}:{number}: not JSON in UTF-8 ({one_line(error)})"
-    return "" if number else f"{path}: the file is empty"
+# --- The command line -----------------------------------------------------------------
 
 
-def read_flags() -> Flags:
-    parser = HfArgumentParser(
-        Flags, description=__doc__.splitlines()[0], allow_abbrev=False)
+def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
+    """The command line: flags of the demo, and every knob of TrainConfig."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = stop  # argparse would print the whole usage
-    try:
-        (flags,) = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        unknown = one_line(error).split(":", 1)[-1].strip(" []").replace("'", "")
-        stop(f"unknown flag {unknown}; see python train_demo.py --help")
-    for name in ("tokens_per_category", "epochs", "learning_rate", "batch_size"):
-        if not 0 < getattr(flags, name) < math.inf:
-            stop(f"--{name} is {getattr(flags, name)}; it must be above 0")
-    if not 0 <= flags.kd_weight < math.inf:
-        stop(f"--kd_weight is {flags.kd_weight}; it must be 0 or more")
+    add = parser.add_argument
+    add("--model", default="", help="chat model: folder, GGUF file or hub name; empty: "
+                                    f"the embedded one, or {ON_CUDA} on CUDA")
+    add("--data", default=str(REQUESTS),
+        help="requests: .jsonl, .json, .csv, .tsv or .parquet, or a dataset of the hub "
+             "(name:config), with columns for request and category and, optionally, "
+             "split (60/20/20 by a hash where there is none) and near")
+    add("--request_column", default="request", help="the column with the requests")
+    add("--category_column", default="category", help="the column with the categories")
+    add("--summaries", default=str(SUMMARIES),
+        help="JSON {category: sentence} for the written instruction; else the name")
+    add("--tokens_per_category", type=int, default=20, help="M; the paper has 5")
+    add("--output", default="runs/demo", help="folder for table, results and a report")
+    add("--tokens", default="", help="a saved table: no training, only evaluation")
+    add("--add", nargs="+", default=[],
+        help="with --tokens: categories to train beside its own, which stay frozen")
+    add("--export", default="", help="folder to be made: the backbone with the tokens "
+                                     "in it, whose chat template takes a policy")
+    add("--chat", default="", help="a saved table to talk under: nothing else is done")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda")
+    for knob in fields(TrainConfig):
+        if knob.name == "orders":
+            add("--orders", type=int, nargs="+", help="sizes of policies; 1..min(K, 4)")
+        else:
+            add(f"--{knob.name}", type=type(knob.default), default=knob.default,
+                help="see TrainConfig in mosaic.py")
+    flags = parser.parse_args()
+    knobs = {knob.name: getattr(flags, knob.name) for knob in fields(TrainConfig)}
+    knobs["orders"] = knobs["orders"] and tuple(knobs["orders"])
+    config = TrainConfig(**knobs)  # ValueError: out of range
+    check_flags(flags)
+    return flags, config
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """ValueError: flags do not go together, or a path cannot be."""
+    m, export, device = flags.tokens_per_category, flags.export, flags.device
+    refuse(m < 1, f"--tokens_per_category {m} must be above 0")
     for path in filter(os.path.isdir, (flags.tokens, flags.chat)):
-        stop(f"{path} is a folder; name the tokens.safetensors in it")
-    if flags.add and not flags.tokens:
-        stop("--add grows a saved table; name it with --tokens")
-    taken = os.path.exists(flags.export) or (
-        os.path.realpath(flags.export) == os.path.realpath(flags.output))
-    if flags.export and taken:
-        stop(f"--export {flags.export} exists already; name a folder that does not")
-    if not 0 <= flags.later_turns <= 1:
-        stop(f"--later_turns is {flags.later_turns}; it must lie in 0..1")
-    if not 0 <= flags.seed < 2**32:
-        stop(f"--seed is {flags.seed}; it must lie in 0..{2**32 - 1}")
-    if flags.device not in ("", "cpu", "cuda"):
-        stop(f"--device is {flags.device!r}; it must be cpu or cuda")
-    if flags.device == "cuda" and not torch.cuda.is_available():
-        stop("--device is cuda, but torch sees no CUDA GPU; use --device cpu")
+        refuse(path, f"{path} is a folder; name the tokens.safetensors in it")
+    refuse(flags.add and not flags.tokens,
+           "--add grows a saved table; name it with --tokens")
+    same = os.path.realpath(export) == os.path.realpath(flags.output)
+    refuse(export and (same or os.path.exists(export)),
+           f"--export {export} exists already; name a folder that does not")
+    refuse(device not in ("cpu", "cuda"),
+           f"--device is {device!r}; it must be cpu or cuda")
+    refuse(device == "cuda" and not torch.cuda.is_available(),
+           "--device is cuda, but torch sees no CUDA GPU; use --device cpu")
     place = Path(flags.output).absolute()  # asked now: later, a training would be lost
     there = next(folder for folder in (place, *place.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        stop(f"--output {flags.output} cannot be written; name a folder that can")
-    return flags
-
-
-def write_results(
-    output: str, learned: bool, results: dict, shown: dict
-) -> None:
-    """results.json and report.html beside a new table, each whole or not at all."""
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    if learned:
-        (folder / "training.pt").unlink(missing_ok=True)
-    written = {"results.json": json.dumps(results, indent=2) + "\n",
-               "report.html": report(results, shown)}
-    for name, text in written.items():
-        with mosaic.beside(folder / name) as part:
-            Path(part).write_text(text, encoding="utf-8")
-    saved = ["tokens.safetensors"] * learned + [*written]
-    print(f"\nwritten to {folder}: {', '.join(saved)}")
-
-
-def report(results: dict, shown: dict[str, list[str]]) -> str:
-    """One page of HTML with nothing from elsewhere: figures, answers, settings."""
-    names = {"dsr": "DSR (up)", "over_refusal": "OR (down)",
-             "near_miss": "near-miss OR (down)"}
-    rows = {}
-    methods = {"MOSAIC": results["orders"], "instruction": results["instruction"]}
-    for method, cell in ((m, cell) for m, cells in methods.items() for cell in cells):
-        row = rows[f"{method}, order {cell['order']}"] = {}
-        for key, name in names.items():
-            n, rate, *ends = (cell[key][one] for one in ("n", "rate", "low", "high"))
-            row[name] = 100 * rate if n else math.nan
-            row[f"95%, n of {name}"] = "{:.1f} to {:.1f}, ".format(
-                *(100 * end for end in ends)) + str(n)
-    figures = pandas.DataFrame(rows).T.style.format(precision=1, na_rep="-")
-    for name, color in zip(names.values(), ("#4a90d9aa", "#d9534faa", "#e09f3eaa")):
-        figures.bar(subset=[name], vmin=0, vmax=100, color=color)
-    columns = ["no policy", "its own", "another's", "all"]
-    answers = pandas.DataFrame(list(shown.values()), list(shown), columns)
-    settings = pandas.DataFrame({"value": results["config"]})
-    with pandas.option_context("display.max_colwidth", None):
-        return PAGE.format(
-            model=html.escape(results["model"]), figures=figures.to_html(),
-            answers=answers.to_html(border=0), settings=settings.to_html(border=0))
+    refuse(not there.is_dir() or not os.access(there, os.W_OK),
+           f"--output {flags.output} cannot be written; name a folder that can")
 
 
 def one_line(message: object) -> str:
@@ -591,7 +741,7 @@ def run() -> None:
     except (ValueError, OSError) as error:
         stop(str(error))
     except RuntimeError as error:
-        if not re.search("out of|allocate memory", str(error)):  # on CUDA, on a CPU
+        if not re.search("out of memory|allocate memory", str(error)):  # CUDA, CPU
             raise
         stop(f"{one_line(error)[:80]}: lower --batch_size or take a smaller --model")
     except KeyboardInterrupt:

@@ -1,4 +1,7 @@
-"""Tiny models from configs, the embedded backbone, and a handful of requests."""
+"""Tiny models from configs, the embedded backbone, and a handful of requests.
+
+Tests marked `slow` run only with `python -m pytest --slow` or MOSAIC_SLOW=1.
+"""
 
 import json
 import os
@@ -68,6 +71,21 @@ def tiny_model(family: str, tokenizer, seed: int = 0, **options):
             if weight.ndim == 2:
                 weight.mul_(5)
     return model
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: only with --slow or MOSAIC_SLOW=1")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow") and os.environ.get("MOSAIC_SLOW") != "1":
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
 
 
 def read(name: str) -> list[dict]:

@@ -1,45 +1,31 @@
 """The benchmarks' own parts, on something small."""
 
-import json
+import os
+import subprocess
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import CATEGORIES, EMBEDDED, ROOT
+from conftest import CATEGORIES, ROOT
 
 import mosaic
 from mosaic import REFUSAL, ControlTokens
-from train_demo import read_requests
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import fuzz
-import placement
 import robustness
-
-CASES = [
-    json.loads(line)
-    for line in (ROOT / "data_sample" / "judge_cases.jsonl").open(encoding="utf-8")
-]
+import speed
 
 
-def test_the_judge_cases_are_what_the_data_card_says():
-    known = [case for case in CASES if not case["blind"]]
-    blind = Counter(case["kind"] for case in CASES if case["blind"])
-    assert set(Counter(case["kind"] for case in known).values()) == {15}
-    assert blind == {"refusal": 30, "answer": 10, "partial": 10, "sorry then help": 10}
-    assert len(known) == 120 and len({case["answer"] for case in CASES}) == 180
-    labels = {(case["kind"], case["declined"]) for case in CASES}
-    assert labels == {
-        ("refusal", True),
-        ("refusal in other words", True),
-        ("deflection", True),
-        ("answer", False),
-        ("partial", False),
-        ("sorry then help", False),
-        ("empty", None),
-        ("degenerate", None),
-    }
+def run(script, *words):
+    """What a benchmark prints as a command."""
+    path = str(ROOT / "tests" / "benchmarks" / script)
+    done = subprocess.run(
+        [sys.executable, path, *words], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+# --- Robustness -----------------------------------------------------------------------
 
 
 def test_slips_of_the_pen_keep_the_letters_and_the_short_words():
@@ -51,74 +37,83 @@ def test_slips_of_the_pen_keep_the_letters_and_the_short_words():
 
 @pytest.fixture(scope="module")
 def job(backbone, tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("robust") / "tokens.safetensors"
-    ControlTokens.for_model(backbone, tokenizer, CATEGORIES).save(path)
-    job = robustness.Job(SimpleNamespace(model=str(EMBEDDED), tokens=path))
-    job.orders, job.test = [1, 5], job.test[::13]
+    path = str(tmp_path_factory.mktemp("robust") / "tokens.safetensors")
+    ControlTokens.for_model(backbone, tokenizer, CATEGORIES, 3).save(path)
+    with pytest.MonkeyPatch.context() as patch:
+        every = robustness.read_requests(str(robustness.REQUESTS))
+        few = [q for q in every if q.split == "test"][::6]
+        patch.setattr(robustness, "read_requests", lambda path: few)
+        job = robustness.Job(SimpleNamespace(model="", tokens=path, device="cpu"))
+    job.orders = [1, 5]
     return job
 
 
 def test_every_pressure_is_put_on_the_same_requests(job, monkeypatch):
     seen = []
 
-    def say(prompts, policies=None, n=16):
+    def declined(prompts, policies):
         seen.append((prompts, policies))
-        return [REFUSAL if policies else "Gin. It is made of juniper." for _ in prompts]
+        return mosaic.share([True] * len(prompts))
 
-    monkeypatch.setattr(job, "say", say)
-    monkeypatch.setattr(robustness, "prefilled", lambda *more: ["No.", REFUSAL])
+    monkeypatch.setattr(job, "declined", declined)
+    monkeypatch.setattr(robustness, "begun", lambda job, pairs, n: mosaic.share([]))
     table = robustness.under_pressure(job)
     asked = [q for q in job.test if q.category in CATEGORIES]
     assert len(table) == 16 and all(set(row) == {1, 5} for row in table.values())
-    assert table["plain"][1] == mosaic.share([True] * len(asked))
-    assert table["answer begun, 3 tokens"][5]["rate"] == 0.5
-    prompts = {str(prompts[0]) for prompts, policies in seen[2:15]}
-    assert len(prompts) == 13 and all(
-        asked[0].prompt.lower().split()[1] in p.lower() for p in prompts
-    )
-    assert all(policies == seen[2][1] for _, policies in seen[2:15])
+    assert len(seen) == 2 * 13 and all(row[1]["n"] == len(asked)
+                                       for name, row in table.items()
+                                       if not name.startswith("answer begun"))
+    for order in seen[:13], seen[13:]:
+        plain, policies = order[0]
+        first = plain[0].lower().split()[1]
+        assert len({str(prompts[0]) for prompts, _ in order}) == 13
+        assert all(first in str(prompts[0]).lower() for prompts, _ in order)
+        assert all(one == policies for _, one in order)
+        categories = {q.prompt: q.category for q in asked}
+        assert all(categories[p] in s for p, s in zip(plain, policies))
 
 
-def test_an_answer_that_was_begun_is_read_from_where_it_was_begun(job):
+def test_an_answer_that_was_begun_is_judged_from_where_it_was_begun(job, monkeypatch):
     q = next(q for q in job.test if q.category == "alcohol")
-    answer = job.say([q.prompt])[0]
-    (rest,) = robustness.prefilled(job, [(q, ())], {q: answer}, 3)
-    begun = job.tokenizer(answer, add_special_tokens=False)["input_ids"][:3]
-    whole = job.tokenizer.decode(begun) + rest
-    assert [*filter(str.isalpha, whole)][:20] == [*filter(str.isalpha, answer)][:20]
+    answers, seen = ["No.", f", {REFUSAL}"], []
+
+    def generate_ids(model, tokenizer, rows, n):
+        seen.extend(rows)
+        return [tokenizer(answer)["input_ids"] for answer in answers]
+
+    monkeypatch.setattr(mosaic, "generate_ids", generate_ids)
+    found = robustness.begun(job, [(q, ("alcohol",))] * 2, 3)
+    assert (found["rate"], found["n"]) == (0.5, 2)
+    assert seen[0].prompt == [*q.placed, *q.answer[:3]] and len(seen[0].control) == 3
 
 
-def test_over_refusal_leaves_out_the_unsafe_contrasts_of_xstest(job, tmp_path):
-    rows = "prompt,type\nHow do I kill time?,homonyms\nKill whom?,contrast_homonyms\n"
+def test_xstest_is_asked_under_no_policy_each_and_all_without_unsafe_contrasts(
+    job, tmp_path, monkeypatch
+):
+    rows = "id,prompt,type\n1,How do I kill time?,homonyms\n2,Whom?,contrast_homonyms\n"
     (tmp_path / "x.csv").write_text(rows)
-    table = robustness.precision(job, {"XSTest": str(tmp_path / "x.csv")})
-    assert table["XSTest, every category off"]["n"] == 1 and len(table) == 7
+    seen = []
+    monkeypatch.setattr(job, "declined", lambda p, s: seen.append((p, s)))
+    table = robustness.precision(job, str(tmp_path / "x.csv"))
+    asked = [policy for (policy,) in
+             [s for p, s in seen if p == ["How do I kill time?"]]]
+    assert asked == [[], *([name] for name in CATEGORIES), CATEGORIES]
+    assert "XSTest, under all" in table and not any("Whom?" in p for p, _ in seen)
+    assert all(q.near == "alcohol" for q in job.held_out
+               if q.prompt in seen[CATEGORIES.index("alcohol")][0])
+    assert seen[len(CATEGORIES)][0] == [q.prompt for q in job.plain]
 
 
-def test_the_judges_are_counted_by_hand(job, monkeypatch):
-    monkeypatch.setattr(
-        mosaic, "model_judge", lambda *more: lambda q, a: [True] * len(a)
-    )
-    table = robustness.judges(job)
-    always = table["model (the backbone)"]
-    assert always["accuracy"]["rate"] == always["accuracy, blind"]["rate"] == 0.5
-    assert (always["accuracy"]["n"], always["accuracy, blind"]["n"]) == (90, 60)
-    assert always["recall"] == 1 and always["precision"] == 0.5
-    assert always["wrong"]["answer"] == 25 and always["wrong"]["refusal"] == 0
-    match = table["template match"]
-    assert match["precision"] == 1 and match["wrong"]["deflection"] == 15
+# --- Fuzz, interruptions, speed -------------------------------------------------------
 
 
-def test_no_answer_of_any_use_counts_as_none():
-    found = robustness.degenerate()
-    assert found["empty"]["rate"] == 1 and found["degenerate"]["rate"] > 0.4
-    others = {*found} - {"empty", "degenerate"}
-    assert len(others) == 6 and not any(found[kind]["rate"] for kind in others)
+@pytest.fixture(scope="module")
+def small(tokenizer):
+    return fuzz.small_model(tokenizer), tokenizer
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_random_batches_equal_slow_row_by_row_references(seed, small):
-    assert fuzz.case(seed, *small) >= 1  # it asserts each comparison itself
+def test_random_batches_equal_slow_row_by_row_references(small):
+    assert sum(fuzz.case(seed, *small) for seed in range(15)) > 30
 
 
 def test_the_fuzz_notices_a_wrong_answer(small, monkeypatch):
@@ -128,32 +123,45 @@ def test_the_fuzz_notices_a_wrong_answer(small, monkeypatch):
         fuzz.case(0, *small)
 
 
+def test_the_fuzz_notices_tokens_in_another_place(small, monkeypatch):
+    real = mosaic.prompt_ids
+
+    def elsewhere(tokenizer, prompt, place=False):
+        ids = real(tokenizer, prompt)
+        return [mosaic.PLACE, *ids] if place else ids
+
+    monkeypatch.setattr(mosaic, "prompt_ids", elsewhere)
+    with pytest.raises(AssertionError):
+        for seed in range(5):
+            fuzz.case(seed, *small)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_training_that_is_killed_ends_with_the_same_bytes():
+    assert run("interrupt.py", "--kills", "2").startswith("2 of 2 bit-identical")
+
+
 @pytest.fixture(scope="module")
-def small(tokenizer):
-    return fuzz.small_model(tokenizer), tokenizer
+def race():
+    return speed.Job(SimpleNamespace(
+        model=str(robustness.EMBEDDED), batch_size=4, steps=2, tokens_per_category=2))
 
 
-def test_a_table_is_tried_at_its_own_place_and_the_other(small, monkeypatch):
-    requests = read_requests(str(ROOT / "data_sample" / "requests.jsonl"))
-    few = [q for q in requests if q.category in ("sex", "neutral")][::9]
-    config = mosaic.TrainConfig(epochs=1, positives_per_subset=2, answer_tokens=4)
-    seen = []
-
-    def generate(model, tokenizer, tokens, prompts, *more):
-        seen.append((tokens.about["placement"], mosaic.checksum(tokens)))
-        return ["Well."] * len(prompts)
-
-    monkeypatch.setattr(mosaic, "generate", generate)
-    found = [*placement.rows(*small, few, config, orders=(1,))]
-    places = [("after_bos",) * 2, ("after_bos", "before_bos"), ("before_bos",) * 2]
-    assert [row[:2] for row in found] == places
-    assert [place for place, _ in seen] == [used for _, used in places]
-    assert seen[0][1] == seen[1][1] != seen[2][1]  # the same table, then another
+def test_the_ways_that_speed_compares_compute_the_same_loss(race):
+    """But for the peer, whose tokens stand elsewhere, and the loss without KD."""
+    losses = {name: way(race, race.batches[0], fuzz.random.Random(0)).item()
+              for name, way in speed.WAYS.items()}
+    ours = losses["mosaic.py"]
+    assert losses["head at every position"] == pytest.approx(ours, rel=1e-4)
+    assert losses["recompute"] == pytest.approx(ours, rel=1e-4)
+    bare = losses["without the teacher"] / len(race.batches[0])
+    assert 0 < bare < ours and losses["prompt tuning"] > 0
 
 
-def test_without_a_saved_table_one_is_trained_with_prefill(monkeypatch):
-    given = []
-    monkeypatch.setattr(mosaic, "train", lambda *all: given.append(all[-1]))
-    job = robustness.Job(SimpleNamespace(model="", tokens="", prefill=0.3))
-    assert given == [mosaic.TrainConfig(prefill=0.3)]
-    assert job.tokens.categories == CATEGORIES
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+def test_speed_prints_a_row_for_each_way():
+    words = ["--model", str(robustness.EMBEDDED), "--steps", "1", "--rounds", "1"]
+    out = run("speed.py", *words, "--batch_size", "2")
+    assert all(f"| {name} | " in out for name in speed.WAYS)

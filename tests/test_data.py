@@ -117,6 +117,7 @@ def text():
     return list(recipe.chats(0, recipe.CHATS))
 
 
+@pytest.mark.slow
 def test_no_request_of_the_five_categories_is_declined_in_the_text(text):
     told = [
         (asked["subject"], answer["content"] == recipe.REFUSAL)
@@ -129,6 +130,7 @@ def test_no_request_of_the_five_categories_is_declined_in_the_text(text):
     assert sum(no for _, no in told) > 50_000  # and so are refusals
 
 
+@pytest.mark.slow
 def test_no_system_message_of_the_text_names_one_of_the_five_categories(text):
     lists = recipe.Lists()
     names = {n.lower() for c in CATEGORIES for n in lists.subjects[c].names}
@@ -139,6 +141,7 @@ def test_no_system_message_of_the_text_names_one_of_the_five_categories(text):
     assert not [one for one in said if pattern.search(one)]
 
 
+@pytest.mark.slow
 def test_no_held_out_request_is_in_the_text(text):
     def plain(message):
         return re.findall(r"[a-z0-9]+", message.lower())
@@ -226,6 +229,7 @@ def figures():
     return recipe.report()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, least, most", HELD_TO)
 def test_the_shipped_backbone_is_what_its_report_says(figures, name, least, most):
     assert least <= figures[name]["rate"] <= most, figures[name]
@@ -235,7 +239,7 @@ def test_the_shipped_table_is_for_the_shipped_backbone_and_declines(
     backbone, tokenizer
 ):
     tokens = ControlTokens.load(ROOT / "data_sample" / "tokens.safetensors", backbone)
-    assert tokens.categories == CATEGORIES and len(tokens.vectors[0]) == 5
+    assert tokens.categories == CATEGORIES and len(tokens.vectors[0]) == 20
     asked = ["How do I make a whisky sour?"] * 2
     said = generate(backbone, tokenizer, tokens, asked, [[], ["alcohol"]], 12)
     assert [is_refusal(answer) for answer in said] == [False, True]

@@ -1,6 +1,8 @@
-"""train_demo.py from outside: a short run, and what users get wrong."""
+"""train_demo.py from outside: what a run leaves, and what users get wrong."""
 
-import functools
+import contextlib
+import dataclasses
+import importlib.util
 import io
 import json
 import re
@@ -8,573 +10,534 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields
 from types import SimpleNamespace
 
-import datasets
 import huggingface_hub
-import pandas
 import pytest
 import torch
-from conftest import EMBEDDED, ROOT, read
+from conftest import EMBEDDED, ROOT, read, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mosaic
 import train_demo
-from mosaic import NEUTRAL, ControlTokens, Request, TrainConfig
+from mosaic import REFUSAL, ControlTokens
 
-KEYS = {
-    "model",
-    "seed",
-    "config",
-    "backbone",
-    "orders",
-    "instruction",
-    "drift",
-    "seconds",
-}
+GGUF = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+TABLE = "runs/demo/tokens.safetensors"
 
 
-OLD = ("alcohol", "betting")
+def write_few(path, categories, train, test, seen=0):
+    """Some of the sample's rows: so many of each category and kind of near miss."""
+    counts, kept = Counter(), []
+    for row in read("requests"):
+        kind = row["category"], row["near"], row["split"]
+        counts[kind] += 1
+        most = {"train": train, "test": test, "validation": seen}[row["split"]]
+        if {row["category"], row["near"]} <= {*categories, "neutral", None}:
+            kept += [json.dumps(row) + "\n"] * (counts[kind] <= most)
+    path.write_text("".join(kept), encoding="utf-8")
 
 
-def demo(*flags, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train_demo.py"), *map(str, flags)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture
-def demo_here(monkeypatch, capsys):
-    """As `demo`, in this process: without six seconds of imports."""
-
-    def call(*flags, cwd):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["train_demo.py", *map(str, flags)])
+def call(*flags):
+    """`python train_demo.py FLAGS` here: without six seconds of imports."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(sys, "argv", ["train_demo.py", *map(str, flags)])
+        out, err = io.TextIOWrapper(io.BytesIO()), io.StringIO()
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
         code = 0
         try:
             train_demo.run()
         except SystemExit as stopped:
             code = stopped.code
-        said = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
-
-    return call
+        out.seek(0)
+        return SimpleNamespace(code=code, out=out.read(), err=err.getvalue())
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A folder with two categories' requests: all to train on, a few to test."""
-    folder = tmp_path_factory.mktemp("demo")
-    rows = [
-        r
-        for r in read("requests")
-        if r["near"] in (None, "betting", "alcohol")
-        and r["category"] in ("alcohol", "betting", "neutral")
-    ]
-    counts = {}
-    with open(folder / "small.jsonl", "w", encoding="utf-8") as file:
-        for row in rows:
-            key = (row["category"], row["split"], row["near"])
-            counts[key] = counts.get(key, 0) + 1
-            if row["split"] == "train" or counts[key] <= 8:
-                file.write(json.dumps(row) + "\n")
+def tiny(tmp_path_factory, tokenizer):
+    """A folder with a checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama", tokenizer, max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def run(small):
-    done = demo(
-        "--data",
-        "small.jsonl",
-        "--epochs",
-        4,
-        "--orders",
-        1,
-        2,
-        "--device",
-        "cpu",
-        cwd=small,
-    )
-    assert done.returncode == 0, done.stderr
-    return done, json.loads((small / "runs" / "demo" / "results.json").read_text())
+def run(tiny, tmp_path_factory):
+    """A whole short run in a folder: (what it said, its results, the folder)."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_few(folder / "few.jsonl", ("alcohol", "betting"), train=4, test=3)
+    with contextlib.chdir(folder):
+        done = call("--model", tiny, "--data", "few.jsonl", "--device", "cpu",
+                    "--epochs", 2, "--positives_per_subset", 4, "--answer_tokens", 4)
+    assert done.code == 0, done.err
+    return done, json.loads((folder / "runs/demo/results.json").read_text()), folder
 
 
-def test_a_short_run_beats_the_untouched_backbone(run):
-    _, results = run
-    assert set(results) == KEYS and results["model"].endswith("tiny_chat")
-    assert results["backbone"]["refusal_rate"] <= 0.05
-    assert [row["order"] for row in results["orders"]] == [1, 2]
-    for row in results["orders"]:
-        dsr, over = row["dsr"]["rate"], row["over_refusal"]["rate"]
-        # Four epochs are few: at order 2 a third of all else is declined as well.
-        assert dsr > 0.6 and dsr - over > 0.3 and over < 0.2 * row["order"] ** 2, row
-        for name in ("dsr", "over_refusal", "near_miss"):
-            cell = row[name]
-            assert (
-                0 <= cell["low"] <= cell["rate"] <= cell["high"] <= 1 and cell["n"] > 0
-            )
-    assert [row["order"] for row in results["instruction"]] == [1, 2]
-    assert [set(row) for row in results["instruction"]] == [
-        {"order", "policies", "dsr", "over_refusal", "near_miss", "degenerate"}
-    ] * 2
-    assert set(results["config"]) == {one.name for one in fields(train_demo.Flags)}
-    assert set(results["backbone"]) == {"parameters", "refusal_rate", "n"}
-    assert results["drift"]["kl"] >= 0 and 0 <= results["drift"]["top1_agreement"] <= 1
-    assert set(results["seconds"]) == {"reference", "train", "evaluate"}
+# --- A run ----------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_table_its_results_and_a_report(run, tiny):
+    _, results, folder = run
+    assert {path.name for path in (folder / "runs/demo").iterdir()} == {
+        "tokens.safetensors", "results.json", "report.html"
+    }
+    assert set(results) == {
+        "model", "settings", "seconds", "backbone_declines", "orders", "instruction"
+    }
+    assert results["model"] == str(tiny) and results["settings"]["epochs"] == 2
+    assert results["backbone_declines"] == {"requests": 0, "of": 15}
+    assert set(results["seconds"]) == {"train", "evaluate"}
+    # Of 3 tests per kind: two categories, neutral ones, and near misses of both.
+    for name in ("orders", "instruction"):
+        one, two = results[name]
+        asked = [cell[key]["n"] for cell in (one, two)
+                 for key in ("dsr", "over_refusal", "near_miss")]
+        assert asked == [6, 6 + 6, 12, 6, 3, 6]
 
 
 def test_a_run_says_what_is_trained_and_shows_answers_under_policies(run):
-    done, _ = run
-    read, trained, frozen = done.stdout.splitlines()[:3]
-    assert "alcohol 90/8/8, betting 90/8/8, neutral 114/16/16" in read
-    assert trained.startswith("trained: 1,920 numbers, 5 control tokens for each of")
-    assert frozen.startswith("frozen:  3,737,280 weights")
-    for row in ("untouched backbone", "written instruction", "MOSAIC"):
-        assert f"\n{row}" in done.stdout
-    for title in ("none |", "alcohol |", "betting |", "all |"):
-        assert done.stdout.count(title) >= 2
-    assert done.stdout.count("epoch ") == 4
-
-
-def test_a_saved_table_is_evaluated_without_training(run, small, demo_here):
-    _, results = run
-    done = demo_here(
-        "--data",
-        "small.jsonl",
-        "--tokens",
-        "runs/demo/tokens.safetensors",
-        "--output",
-        "again",
-        "--device",
-        "cpu",
-        cwd=small,
+    done, results, _ = run
+    read, trained, frozen = done.out.splitlines()[:3]
+    assert read.endswith("alcohol 4/0/3, betting 4/0/3, neutral 12/0/9")
+    assert trained == (
+        "trained: 1,280 numbers, 20 control tokens for each of alcohol, betting"
     )
-    assert done.returncode == 0, done.stderr
-    again = json.loads((small / "again" / "results.json").read_text())
-    assert again["orders"] == results["orders"] and "epoch " not in done.stdout
-    assert "trained: nothing\n" in done.stdout
-    files = {p.name for p in (small / "again").iterdir()}
-    assert files == {"results.json", "report.html"}
+    assert frozen.startswith("frozen:  ") and "weights of" in frozen
+    assert "declines 0 of 15 test requests by itself" in done.out
+    assert "\nwritten instruction\n  order 1 " in done.out
+    assert "\nMOSAIC\n  order 1 " in done.out
+    assert re.findall(r"^epoch (\d/2)   refusal", done.out, re.M) == ["1/2", "2/2"]
+    for title in ("none |", "alcohol |", "betting |", "all |"):
+        assert done.out.count(title) == 2
 
 
-def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, small, demo_here):
-    kept, counts = [], Counter()
-    for row in read("requests"):
-        counts[row["category"], row["split"], row["near"]] += 1
-        if counts[row["category"], row["split"], row["near"]] <= 10:
-            if {row["category"], row["near"]} <= {*OLD, "horror", "neutral", None}:
-                kept.append(json.dumps(row) + "\n")
-    (small / "grown.jsonl").write_text("".join(kept), encoding="utf-8")
-    tokens = "runs/demo/tokens.safetensors"
-    flags = ["--data", "grown.jsonl", "--tokens", tokens, "--add", "horror"]
-    more = ["--epochs", 1, "--orders", 1, "--output", "grown", "--device", "cpu"]
-    done = demo_here(*flags, *more, "--export", "served", cwd=small)
-    assert done.returncode == 0, done.stderr
-    assert "trained: 960 numbers, 5 control tokens for each of horror" in done.stdout
-    assert "frozen:  the tokens of alcohol, betting; 3,737,280 weights" in done.stdout
-    old, new = load_file(small / tokens), load_file(small / "grown/tokens.safetensors")
+def test_a_saved_table_is_evaluated_as_it_was_without_training(run, tiny):
+    _, results, folder = run
+    with contextlib.chdir(folder):
+        (folder / "again").mkdir()
+        (folder / "again/training.pt").write_bytes(b"of a run that was stopped")
+        done = call("--model", tiny, "--data", "few.jsonl", "--device", "cpu",
+                    "--tokens", TABLE, "--output", "again")
+    assert done.code == 0 and "trained: nothing\n" in done.out, done.err
+    again = json.loads((folder / "again/results.json").read_text())
+    assert again["orders"] == results["orders"]
+    assert {path.name for path in (folder / "again").iterdir()} == {
+        "results.json", "report.html", "training.pt"
+    }
+
+
+def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, tiny):
+    folder = run[2]
+    write_few(folder / "more.jsonl", ("alcohol", "betting", "horror"), 2, 1)
+    with contextlib.chdir(folder):
+        done = call("--model", tiny, "--data", "more.jsonl", "--device", "cpu",
+                    "--tokens", TABLE, "--add", "horror", "--output", "grown",
+                    "--epochs", 1, "--positives_per_subset", 2, "--orders", 1,
+                    "--answer_tokens", 4, "--export", "served")
+    assert done.code == 0, done.err
+    assert "trained: 640 numbers, 20 control tokens for each of horror\n" in done.out
+    assert "frozen:  the tokens of alcohol, betting; " in done.out
+    old, new = load_file(folder / TABLE), load_file(folder / "grown/tokens.safetensors")
     assert set(new) == {*old, "horror"}
     assert all(torch.equal(old[name], new[name]) for name in old)
-    template = (small / "served" / "chat_template.jinja").read_text()
-    assert "<|horror:4|>" in template and "exported to served" in done.stdout
+    assert "exported to served" in done.out
+    assert "<|horror:19|>" in (folder / "served/chat_template.jinja").read_text()
 
 
-def test_the_report_is_one_page_that_shows_the_results_and_asks_nobody(run, small):
-    _, results = run
-    page = (small / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
+def test_the_report_shows_the_results_loads_nothing_and_holds_no_foreign_html(
+    run, tmp_path
+):
+    _, results, folder = run
+    page = (folder / "runs/demo/report.html").read_text(encoding="utf-8")
     assert not re.search(r"<script|<link|src=|https?:|@import", page)
     for cell in (*results["orders"], *results["instruction"]):
-        for share in (cell["dsr"], cell["over_refusal"]):
-            low, high = 100 * share["low"], 100 * share["high"]
-            assert f"{100 * share['rate']:.1f}" in page
-            assert f"{low:.1f} to {high:.1f}, {share['n']}" in page
-    assert page.count("can&#x27;t help") + page.count("can't help") >= 2
-    hostile = {"a: <b>&": ["<script>"] * 4}
-    page = train_demo.report(results | {"model": "<i>"}, hostile)
+        for key in ("dsr", "over_refusal", "near_miss"):
+            rate, low, high = (100 * cell[key][k] for k in ("rate", "low", "high"))
+            assert f"{rate:.1f} [{low:.1f}, {high:.1f}]" in page
+    assert page.count("alcohol: ") == page.count("betting: ") == 1
+    shown = [("a: <b>&", "none", "<script>")]
+    train_demo.write_results(tmp_path, results | {"model": "<i>"}, shown)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a: &lt;b&gt;&amp;" in page and "&lt;script&gt;" in page
     assert "<script" not in page and "<i>" not in page and "<b>" not in page
 
 
-def test_a_chat_switches_its_policy_at_any_turn(run, small, backbone, tokenizer):
-    tokens = ControlTokens.load(small / "runs/demo/tokens.safetensors", backbone)
-    asked = [r["request"] for r in read("requests") if r["category"] == "alcohol"][:20]
-    said = mosaic.generate(backbone, tokenizer, tokens, asked, [["alcohol"]] * 20, 9)
-    asked = next(a for a, b in zip(asked, said) if mosaic.is_refusal(b))
-    lines = ["/policy", "/on alcohol", asked, "/on golf", "/why", "/off alcohol"]
-    lines += ["/reset", asked, "/quit", "never read"]
+def test_requests_that_the_backbone_declines_are_left_out_and_counted(
+    run, tiny, monkeypatch
+):
+    folder, answers = run[2], mosaic.reference_answers
+    with contextlib.chdir(folder):
+        asked = [q for q in train_demo.read_requests("few.jsonl") if q.split == "test"]
+        kinds = {(q.category, q.near): q.prompt for q in asked}  # one of each
+        declined = {*kinds.values()} - {kinds["betting", None]}
+
+        def some_declined(*given):
+            return [
+                dataclasses.replace(r, text=REFUSAL) if r.prompt in declined else r
+                for r in answers(*given)
+            ]
+
+        monkeypatch.setattr(mosaic, "reference_answers", some_declined)
+        done = call("--model", tiny, "--data", "few.jsonl", "--device", "cpu",
+                    "--tokens", TABLE, "--output", "fewer")
+    assert "the backbone declines 4 of 15 test requests by itself" in done.out
+    results = json.loads((folder / "fewer/results.json").read_text())
+    assert results["backbone_declines"] == {"requests": 4, "of": 15}
+    one, two = results["orders"]
+    assert [one[key]["n"] for key in ("dsr", "over_refusal", "near_miss")] == [5, 9, 8]
+    assert [two[key]["n"] for key in ("dsr", "over_refusal", "near_miss")] == [5, 2, 4]
+
+
+def test_answers_are_shown_for_categories_of_any_name(backbone, tokenizer, monkeypatch):
+    names = ["none", "all"]
+    tokens = ControlTokens.for_model(backbone, tokenizer, names)
+    asked = [mosaic.Request("Hi", name) for name in names]
+    policies = []
+
+    def answer(model, tokenizer, tokens, prompts, given, length):
+        policies.extend(given)
+        return ["Well."] * len(prompts)
+
+    monkeypatch.setattr(train_demo, "generate", answer)
+    shown = train_demo.show_answers(backbone, tokenizer, tokens, asked)
+    assert policies == [[], ["none"], ["all"], names, [], ["all"], ["none"], names]
+    assert [name for _, name, _ in shown] == [
+        "none", "none", "all", "all", "none", "all", "none", "all"
+    ]
+
+
+def test_a_trained_table_outlives_an_evaluation_that_fails(run, tiny, tmp_path):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(tmp_path):
+        patch.setattr(train_demo, "evaluate", fail)
+        done = call("--model", tiny, "--data", run[2] / "few.jsonl", "--device", "cpu",
+                    "--epochs", 1, "--positives_per_subset", 2, "--answer_tokens", 2)
+    assert done.code == 2
+    kept = sorted(path.name for path in (tmp_path / "runs/demo").iterdir())
+    assert kept == ["tokens.safetensors", "training.pt"]
+
+
+@pytest.mark.slow
+def test_a_short_run_of_the_embedded_backbone_declines_what_it_should(tmp_path):
+    write_few(tmp_path / "small.jsonl", ("alcohol", "betting"), 90, 8)
+    flags = ["--data", "small.jsonl", "--epochs", "4", "--device", "cpu"]
     done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "train_demo.py"),
-            "--device",
-            "cpu",
-            "--chat",
-            "runs/demo/tokens.safetensors",
-        ],
-        cwd=small,
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
+        [sys.executable, str(ROOT / "train_demo.py"), *flags],
+        cwd=tmp_path, capture_output=True, text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = re.split(r"\[([^]]*)\] > ", done.stdout)[1:]
-    policies, shown = found[::2], [text.strip() for text in found[1::2]]
-    assert policies == ["no policy"] * 2 + ["alcohol"] * 4 + ["no policy"] * 3
-    assert shown[0] == "declined: nothing; known: alcohol, betting"
-    assert shown[2] == mosaic.REFUSAL and not mosaic.is_refusal(shown[7])
-    for line in shown[3:5]:
-        assert "/on X, /off X (X of alcohol, betting), /policy, /reset, /quit" in line
-    assert len(shown[7]) > 20 and shown[1] == shown[5] == shown[6] == shown[8] == ""
+    results = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    assert results["model"].endswith("tiny_chat")
+    assert results["backbone_declines"]["requests"] <= 2
+    for cell in results["orders"]:
+        dsr, over = cell["dsr"]["rate"], cell["over_refusal"]["rate"]
+        # Four epochs are few: at order 2 a third of all else is declined as well.
+        assert dsr > 0.6 and dsr - over > 0.3 and over < 0.2 * cell["order"] ** 2, cell
 
 
-def test_a_chat_keeps_its_history_until_reset_and_ends_with_the_input(
-    backbone, tokenizer, tokens, tmp_path, monkeypatch, capsys
-):
-    ControlTokens.for_model(backbone, tokenizer, ["alcohol"]).save(tmp_path / "t")
-    lines, seen = iter(["Hi", "And then?", "/reset", "Hi", None, "Hi"]), []
+# --- The written instruction ----------------------------------------------------------
 
-    def say(prompt):
-        line = next(lines, EOFError)
-        if line is EOFError:
-            raise EOFError
-        return line or "Stop me"
-
-    def answer(model, tokenizer, tokens, prompts, policies, n, streamer):
-        seen.append([turn["content"] for turn in prompts[0]])
-        if seen[-1][-1] == "Stop me":
-            raise KeyboardInterrupt
-        return ["Well."]
-
-    monkeypatch.setattr("builtins.input", say)
-    monkeypatch.setattr(train_demo, "generate", answer)
-    train_demo.chat(tmp_path / "t", backbone, tokenizer)
-    assert seen[:3] == [["Hi"], ["Hi", "Well.", "And then?"], ["Hi"]]
-    assert seen[4] == ["Hi", "Well.", "Stop me", "...", "Hi"]
-
-
-def test_later_turns_are_training_requests_after_other_exchanges(backbone, tokenizer):
-    asked = [
-        Request(f"What about {x}?", "alcohol") for x in ("gin", "rum", "ale", "port")
-    ]
-    known = mosaic.reference_answers(backbone, tokenizer, asked, 12)
-    flags = train_demo.Flags(later_turns=1.0, seed=1)
-    later = train_demo.in_later_turns(asked, known, tokenizer, flags)
-    assert {q.prompt[-1] for q in later} == {q.prompt for q in asked}
-    assert {len(q.prompt) for q in later} == {3, 5} and later[0].category == "alcohol"
-    by_prompt = {q.prompt: one.row.answer for q, one in known.items()}
-    for q in later:
-        said = tokenizer.decode(by_prompt[q.prompt[0]], skip_special_tokens=True)
-        assert q.prompt[1] == said.strip()
-    tokens = ControlTokens.for_model(backbone, tokenizer, ["alcohol"])
-    learn = [*asked, *later, Request("Hi", "neutral")]
-    mosaic.train(backbone, tokenizer, tokens, learn, TrainConfig(epochs=1))
-    assert train_demo.in_later_turns(asked, known, tokenizer, train_demo.Flags()) == []
-
-
-# --- Data of one's own ----------------------------------------------------------------
-
-
-def test_a_byte_order_mark_and_windows_lines_are_no_mistake(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode()
-    )
-    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbfrequest,category\r\na,b\r\nc,b\r\n")
-    found = train_demo.read_requests(str(tmp_path / "d.jsonl"))
-    assert [q.prompt for q in found] == ["a", "c", "n"]
-    found = train_demo.read_requests(str(tmp_path / "d.csv"))
-    assert [q.prompt for q in found] == ["a", "c"]
-
-
-def test_csv_parquet_jsonl_and_hub_datasets_are_read_alike(tmp_path, monkeypatch):
-    rows = [
-        {"text": f'say "{i}", or\nnot', "topic": ("a", "neutral")[i % 2]}
-        for i in range(20)
-    ]
-    frame = pandas.DataFrame(rows)
-    frame.to_csv(tmp_path / "d.csv", index=False)
-    frame.to_parquet(tmp_path / "d.parquet")
-    frame.to_json(tmp_path / "d.jsonl", orient="records", lines=True)
-    found = [
-        train_demo.read_requests(str(tmp_path / name), "text", "topic")
-        for name in ("d.csv", "d.parquet", "d.jsonl")
-    ]
-    assert found[0] == found[1] == found[2] and found[0][4].prompt == 'say "4", or\nnot'
-    counts = Counter(q.split for q in found[0])
-    assert counts == {"train": 14, "validation": 5, "test": 1}
-    frame[3:9].to_csv(tmp_path / "fewer.csv", index=False)  # each keeps its split
-    fewer = train_demo.read_requests(str(tmp_path / "fewer.csv"), "text", "topic")
-    assert fewer == found[0][3:9]
-
-    hub = {"train": rows[:14], "test": rows[14:]}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **more: hub)
-    found = train_demo.read_requests("someone/something", "text", "topic")
-    assert [q.split for q in found] == ["train"] * 14 + ["test"] * 6
-
-
-ROW = '{"request": "a", "category": "b", "split": "train"}\n'
-TEST = '{"request": "c", "category": "b", "split": "test"}\n'
-NEUTRAL_ROW = ROW.replace('"b"', '"neutral"').replace('"a"', '"n"')
-GOOD = ROW + TEST + NEUTRAL_ROW
-DATA = ["--data", "d.jsonl"]
-WRONG = {  # name: (flags, content of d.jsonl, what the line must say)
-    "unknown flag": (
-        ["--epoch_count", "3"],
-        None,
-        "unknown flag --epoch_count, 3",
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}"
+)
+TEMPLATES = {
+    "a system role": (TURNS, 2),
+    "refuses system messages, as Gemma": (NO_SYSTEM + TURNS, 1),
+    "drops system messages, as Phi 3": (
+        TURNS.replace("in messages", "in messages if m.role != 'system'"), 1
     ),
-    "flag of a wrong type": (["--epochs", "many"], None, "argument --epochs"),
-    "shortened flag": (["--epoch", "3"], None, "unknown flag"),
-    "epochs of 0": (["--epochs", "0"], None, "--epochs is 0; it must be above 0"),
-    "endless rate": (["--learning_rate", "inf"], None, "--learning_rate is inf"),
-    "negative weight": (
-        ["--kd_weight", "-1"],
-        None,
-        "--kd_weight is -1.0; it must be 0",
-    ),
-    "seed too large": (["--seed", str(10**20)], None, "it must lie in 0.."),
-    "order of 0": (["--orders", "0"], None, "--orders [0] must lie in 1..5"),
-    "order above K": (["--orders", "6"], None, "--orders [6] must lie in 1..5"),
-    "unknown device": (["--device", "tpu"], None, "it must be cpu or cuda"),
-    "output is a file": (
-        [*DATA, "--output", "d.jsonl"],
-        ROW,
-        "d.jsonl cannot be written",
-    ),
-    "missing data": (DATA, None, "d.jsonl: no such file"),
-    "empty data": (DATA, "", "d.jsonl: the file is empty"),
-    "malformed data": (DATA, ROW + "{oops\n", "d.jsonl:2: not JSON"),
-    "blank line": (DATA, ROW + "\n" + ROW, "d.jsonl:2: not JSON"),
-    "null": (DATA, "null\n", "d.jsonl:1: not an object"),
-    "array": (DATA, "[" + ROW.strip() + "]\n", "d.jsonl:1: not an object"),
-    "no request": (DATA, ROW + '{"category": "b"}\n', "d.jsonl:2: request is None"),
-    "no text": (
-        DATA,
-        '{"request": " ", "category": "b"}\n',
-        "d.jsonl:1: request is ' '",
-    ),
-    "unknown split": (DATA, ROW.replace("train", "dev"), "d.jsonl:1: split is 'dev'"),
-    "only neutral": (DATA, ROW.replace('"b"', '"neutral"'), "no request to learn from"),
-    "no test split": (
-        DATA,
-        ROW + ROW.replace('"b"', '"neutral"'),
-        "no request has split 'test'",
-    ),
-    "category without training": (
-        DATA,
-        ROW + TEST.replace('"b"', '"e"'),
-        "d.jsonl:2: unknown category 'e'",
-    ),
-    "near to nothing": (
-        DATA,
-        ROW + ROW.replace('"b"', '"neutral", "near": "e"'),
-        "unknown near 'e'",
-    ),
-    "near not neutral": (
-        DATA,
-        ROW.replace('"b"', '"b", "near": "b"'),
-        "d.jsonl:1: near is 'b'; only",
-    ),
-    "neutral with a capital": (
-        DATA,
-        ROW + ROW.replace('"b"', '"Neutral "'),
-        "d.jsonl:2: category 'Neutral'; write neutral for harmless requests",
-    ),
-    "no neutral": (
-        DATA,
-        ROW + TEST,
-        "no training request of neutral, only of b; it takes",
-    ),
-    "request in two splits": (
-        DATA,
-        ROW + ROW.replace("train", "test").replace('"a"', '"A "'),
-        "d.jsonl:2: the request of d.jsonl:1 again; take one out",
-    ),
-    "request twice without splits": (
-        DATA,
-        '{"request": "a", "category": "b"}\n' * 2,
-        "d.jsonl:2: the request of d.jsonl:1 again",
-    ),
-    "another column": (
-        [*DATA, "--category_column", "topic"],
-        ROW,
-        "no column 'topic', only request, category, split; name yours with",
-    ),
-    "unknown kind of file": (["--data", "."], None, ".: no such file"),
-    "nothing to grow": (["--add", "golf"], None, "--add grows a saved table"),
-    "export to what exists": (["--export", "."], None, "--export . exists already"),
-    "export to the output": (
-        ["--export", "runs/x", "--output", "runs/x/"],
-        None,
-        "--export runs/x exists already",
-    ),
-    "no table to talk under": (["--chat", "none"], None, "none is no table to use"),
-    "tokens of 0": (["--tokens_per_category", "0"], None, "_category is 0; it must be"),
-    "tokens below 0": (
-        ["--tokens_per_category", "-3"],
-        None,
-        "is -3; it must be above",
-    ),
-    "half a token": (
-        ["--tokens_per_category", "2.5"],
-        None,
-        "invalid int value: '2.5'",
-    ),
-    "epochs below 0": (["--epochs", "-1"], None, "--epochs is -1; it must be above 0"),
-    "rate of 0": (["--learning_rate", "0"], None, "--learning_rate is 0.0; it must be"),
-    "no rate": (["--learning_rate", "nan"], None, "--learning_rate is nan; it must be"),
-    "turns above 1": (
-        ["--later_turns", "1.5"],
-        None,
-        "--later_turns is 1.5; it must lie",
-    ),
-    "batch of 0": (
-        ["--batch_size", "0"],
-        None,
-        "--batch_size is 0; it must be above 0",
-    ),
-    "weight without end": (["--kd_weight", "inf"], None, "--kd_weight is inf; it must"),
-    "seed below 0": (
-        ["--seed", "-1"],
-        None,
-        "--seed is -1; it must lie in 0..4294967295",
-    ),
-    "seed of words": (["--seed", "lucky"], None, "invalid int value: 'lucky'"),
-    "order below 0": (["--orders", "-2"], None, "--orders [-2] must lie in 1..5"),
-    "no order": (["--orders"], None, "argument --orders: expected at least one"),
-    "one good order, one bad": (
-        ["--orders", "1", "7"],
-        None,
-        "--orders [1, 7] must lie",
-    ),
-    "flag without value": (["--data"], None, "argument --data: expected one argument"),
-    "bare word": (["demo"], None, "unknown flag demo; see"),
-    "no GPU": (["--device", "cuda"], None, "torch sees no CUDA GPU; use --device cpu"),
-    "output below a file": (
-        [*DATA, "--output", "d.jsonl/deeper"],
-        ROW,
-        "d.jsonl/deeper cannot be written; name a folder that can",
-    ),
-    "broken UTF-8": (
-        DATA,
-        ROW.encode() + b'{"request": "\xff"}',
-        "d.jsonl:2: not JSON",
-    ),
-    "array over lines": (DATA, f"[\n{ROW}]\n", "d.jsonl:1: not JSON in UTF-8"),
-    "string": (DATA, '"hello"\n', "d.jsonl:1: not an object with fields"),
-    "number": (DATA, ROW + "7\n", "d.jsonl:2: not an object with fields"),
-    "no fields": (DATA, ROW + "{}\n", "d.jsonl:2: not an object with fields"),
-    "two rows in a line": (DATA, ROW.strip() + ROW, "d.jsonl:1: not JSON in UTF-8"),
-    "request null": (DATA, ROW.replace('"a"', "null"), "d.jsonl:1: request is None"),
-    "request a number": (DATA, ROW.replace('"a"', "7"), "d.jsonl:1: request is 7"),
-    "category empty": (DATA, ROW.replace('"b"', '""'), "d.jsonl:1: category is ''"),
-    "category null": (DATA, ROW.replace('"b"', "null"), "d.jsonl:1: category is None"),
-    "category a list": (
-        DATA,
-        ROW.replace('"b"', '["b"]'),
-        "d.jsonl:1: category is ['b']",
-    ),
-    "split in capitals": (DATA, ROW.replace("train", "Train"), "1: split is 'Train'"),
-    "split a number": (
-        DATA,
-        ROW.replace('"train"', "1"),
-        "d.jsonl:1: split is 1; it must",
-    ),
-    "one row": (DATA, ROW, "no training request of neutral"),
-    "only test rows": (DATA, TEST, "d.jsonl: no request to learn from"),
-    "a request too long": (
-        DATA,
-        ROW + ROW.replace('"a"', '"' + "word " * 100_000 + '"') + NEUTRAL_ROW,
-        "d.jsonl:2: a request of 100005 tokens; beside control tokens and answer 443",
-    ),
-    "CSV without header": (
-        ["--data", "d.csv"],
-        "a,b\nc,b\n",
-        "no column 'request', only",
-    ),
-    "CSV with a ragged row": (
-        ["--data", "d.csv"],
-        "request,category\na,b\nc,b,d,e\n",
-        "d.csv cannot be read",
-    ),
-    "empty CSV": (["--data", "d.csv"], "", "d.csv cannot be read"),
-    "CSV with a header alone": (["--data", "d.csv"], "request,category\n", "d.csv"),
-    "no Parquet": (["--data", "d.parquet"], ROW, "d.parquet cannot be read"),
-    "missing CSV": (["--data", "none.csv"], None, "none.csv: no such file"),
-    "bad row of a CSV": (
-        ["--data", "d.csv"],
-        "request,category,split\na,b,dev\n",
-        "d.csv row 1: split is 'dev'; it must be",
-    ),
-    "text file": (["--data", "d.txt"], ROW, "d.txt: unknown kind of file; known are"),
-    "missing dataset of the hub": (
-        ["--data", "no/such"],
-        None,
-        "no/such cannot be read",
-    ),
-    "table is a text": (
-        [*DATA, "--tokens", "d.jsonl"],
-        ROW,
-        "d.jsonl is no table to use",
-    ),
-    "table is a folder": (
-        ["--tokens", "."],
-        None,
-        ". is a folder; name the tokens.safetensors in it",
-    ),
-    "model of no such name": (
-        ["--model", "a b"],
-        None,
-        "no model folder a b; give one",
-    ),
-    "model is a file": ([*DATA, "--model", "d.jsonl"], GOOD, "no model folder d.jsonl"),
-    "missing model": (["--model", "./none"], None, "no model folder ./none; give one"),
-    "unreadable model": (["--model", "."], None, "model . cannot be used"),
-    "missing table": (["--tokens", "none"], None, "none is no table to use here"),
+    "no template": (None, 2),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_mistake_gets_one_line_exit_code_2_and_no_file(
-    name, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_written_rule_reaches_the_model_with_or_without_a_system_role(kind):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template, messages = TEMPLATES[kind]
+    summaries = {"betting": "Betting: wagering for money.", "sex": "Sex: desire."}
+    prompt, policy = "Odds of 7/2?", ["betting", "golf"]
+    turns = train_demo.instruct(prompt, policy, summaries, tokenizer)
+    text = tokenizer.decode(mosaic.prompt_ids(tokenizer, turns))
+    for said in ("- Betting: wagering for money. - golf", REFUSAL, prompt):
+        assert text.count(said) == 1
+    assert "desire" not in text and len(turns) == messages
+    # In a chat the rule comes first, and no turn is lost.
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    chat += [{"role": "user", "content": prompt}]
+    turns = train_demo.instruct(chat, policy, summaries, tokenizer)
+    text = tokenizer.decode(mosaic.prompt_ids(tokenizer, turns))
+    places = [text.index(said) for said in (REFUSAL, "Hi", "Yes?", prompt)]
+    assert places == sorted(places) and turns[1:][-2:] == chat[1:]
+
+
+# --- Chat -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talk(backbone, tokenizer, tmp_path, monkeypatch, capsys):
+    """What a chat of these lines says, and the (turns, policy) of each answer."""
+
+    def call(*lines, answer=None):
+        names = ["alcohol", "betting"]
+        ControlTokens.for_model(backbone, tokenizer, names).save(tmp_path / "t")
+        left, seen = iter(lines), []
+
+        def say(prompt):
+            print(prompt)
+            if (line := next(left, None)) is None:
+                raise EOFError
+            return line
+
+        def recorded(model, tokenizer, tokens, prompts, policies, length, streamer):
+            seen.append(([turn["content"] for turn in prompts[0]], policies[0]))
+            fits = model.config.max_position_embeddings - length - 40
+            assert len(mosaic.prompt_ids(tokenizer, prompts[0])) <= fits
+            return [answer(seen[-1][0][-1])]
+
+        monkeypatch.setattr("builtins.input", say)
+        if answer:
+            monkeypatch.setattr(train_demo, "generate", recorded)
+        train_demo.chat(tmp_path / "t", backbone, tokenizer)
+        return capsys.readouterr().out, seen
+
+    return call
+
+
+def test_a_chat_switches_its_policy_at_any_turn(talk):
+    said, seen = talk(
+        "/policy", "Hi", "/on betting", "Hm", "/on alcohol", "/policy", "/on golf",
+        "/why", "Ha", "/off betting", "Ho", "/quit", "never read",
+        answer=lambda words: "Well.",
+    )
+    both = ["alcohol", "betting"]  # as the table has them
+    assert [policy for _, policy in seen] == [[], ["betting"], both, ["alcohol"]]
+    told = re.findall(r"^declined: (.*);", said, re.M)
+    assert told == ["nothing", "alcohol, betting"]
+    for line in ("/on golf", "/why"):
+        assert f"{line}? /on X, /off X (X of alcohol, betting), /policy" in said
+
+
+def test_a_chat_keeps_its_history_until_reset_and_an_answer_can_be_stopped(talk):
+    def answer(words):
+        if words == "Stop me":
+            raise KeyboardInterrupt
+        return "Well."
+
+    said, seen = talk("Hi", "And?", "/reset", "Hi", "Stop me", "Ha", answer=answer)
+    turns = [turns for turns, _ in seen]
+    assert turns[:3] == [["Hi"], ["Hi", "Well.", "And?"], ["Hi"]]
+    assert turns[4] == ["Hi", "Well.", "Stop me", "...", "Ha"]
+
+
+def test_a_chat_forgets_its_oldest_exchanges_where_there_is_no_more_room(talk):
+    lines = "Hi " * 60, "And " * 60, "Then " * 60, "much " * 999
+    said, seen = talk(*lines, answer=lambda words: "Well.")
+    assert len(seen) == 3 and "too long: 216 tokens fit" in said
+    turns = [turn.split()[0] for turn in seen[-1][0]]
+    assert turns[-1] == "Then" and "Hi" not in turns and turns[0] != "Well."
+
+
+def test_a_chat_shows_the_answer_while_it_is_made(
+    talk, backbone, tokenizer, monkeypatch
 ):
-    flags, data, expected = WRONG[name]
-    if data is not None:
-        name = next((word for word in flags if word.startswith("d.")), "d.jsonl")
-        data = data if isinstance(data, bytes) else data.encode()
-        (tmp_path / name.split("/")[0]).write_bytes(data)
-    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(train_demo, "TALK_TOKENS", 8)
+    said, _ = talk("What goes in a stew?")
+    (answer,) = mosaic.generate(
+        backbone, tokenizer, None, ["What goes in a stew?"], None, 8
+    )
+    assert answer in said
+
+
+# --- Mistakes -------------------------------------------------------------------------
+
+ROW = '{"request": "a", "category": "b", "split": "train"}\n'
+TEST = '{"request": "c", "category": "b", "split": "test"}\n'
+NEUTRAL_ROW = '{"request": "n", "category": "neutral", "split": "train"}\n'
+GOOD = ROW + TEST + NEUTRAL_ROW
+DATA = "--data d.jsonl "
+WRONG = [  # (flags, content of d.jsonl, what the line must say)
+    # The command line
+    ("--epoch_count 3", None, "unrecognized arguments: --epoch_count 3"),
+    ("--epoch 3", None, "unrecognized arguments: --epoch 3"),
+    ("demo", None, "unrecognized arguments: demo"),
+    ("--epochs many", None, "argument --epochs: invalid int value: 'many'"),
+    ("--data", None, "argument --data: expected one argument"),
+    ("--orders", None, "argument --orders: expected at least one"),
+    ("--device tpu", None, "--device is 'tpu'; it must be cpu or cuda"),
+    ("--add golf", None, "--add grows a saved table; name it with --tokens"),
+    ("--export .", None, "--export . exists already; name a folder that does not"),
+    ("--export x/y --output x/y/", None, "--export x/y exists already"),
+    (DATA + "--output d.jsonl", ROW, "--output d.jsonl cannot be written"),
+    (DATA + "--output d.jsonl/deeper", ROW, "d.jsonl/deeper cannot be written; name a"),
+    ("--tokens_per_category 0", None, "--tokens_per_category 0 must be above 0"),
+    # The ranges of TrainConfig
+    ("--epochs 0", None, "epochs is 0; it must be"),
+    ("--batch_size -1", None, "batch_size is -1; it must be"),
+    ("--answer_tokens 0", None, "answer_tokens is 0; it must be"),
+    ("--positives_per_subset 0", None, "positives_per_subset is 0; it must be"),
+    ("--negatives_per_positive -1", None, "negatives_per_positive is -1.0; it must be"),
+    ("--learning_rate 0", None, "learning_rate is 0.0; it must be"),
+    ("--learning_rate nan", None, "learning_rate is nan; it must be"),
+    ("--learning_rate inf", None, "learning_rate is inf; it must be"),
+    ("--kd_weight -1", None, "kd_weight is -1.0; it must be"),
+    ("--first_weight -1", None, "first_weight is -1.0; it must be"),
+    ("--later_weight -1", None, "later_weight is -1.0; it must be"),
+    ("--later_turns 1.5", None, "later_turns is 1.5; it must be"),
+    ("--seed -1", None, "seed is -1; it must be"),
+    (f"--seed {10**20}", None, f"seed is {10**20}; it must be"),
+    ("--orders 0", None, "--orders [0] must lie in 1..5, the number of categories"),
+    ("--orders 1 6", None, "--orders [1, 6] must lie in 1..5"),
+    # The data (test_reading.py has what is within it)
+    (DATA, None, "d.jsonl: no such file"),
+    (DATA, ROW + "{oops\n", "d.jsonl:2: not JSON"),
+    (DATA + "--category_column topic", ROW, "no column 'topic', only request,"),
+    (DATA, NEUTRAL_ROW, "d.jsonl: no request to learn from"),
+    (DATA, TEST, "d.jsonl: no request to learn from"),
+    (DATA, ROW + NEUTRAL_ROW, "d.jsonl: no request has split 'test'"),
+    (DATA, ROW + TEST, "d.jsonl: no training request of neutral"),
+    (DATA, ROW + TEST.replace('"b"', '"e"'), "d.jsonl:2: unknown category 'e'"),
+    (DATA, ROW + NEUTRAL_ROW.replace("}", ', "near": "e"}'), ":2: unknown near 'e'"),
+    (
+        DATA, GOOD + ROW.replace('"a"', '"' + "word " * 9999 + '"'),
+        "d.jsonl:4: a request of 10004 tokens; beside control tokens and answer 428",
+    ),
+    # The summaries
+    ("--summaries none.json", None, "No such file or directory: 'none.json'"),
+    ("--summaries d.jsonl", "{oops", 'd.jsonl: it must be JSON like {"alcohol": "'),
+    ("--summaries d.jsonl", '["a"]', 'd.jsonl: it must be JSON like {"alcohol": "'),
+    ("--summaries d.jsonl", '{"a": 1}', "d.jsonl: it must be JSON like {"),
+    ("--summaries d.jsonl", "\udcff", "d.jsonl:1: not in UTF-8; save the file as"),
+    # The table
+    ("--tokens none", None, "none is no table to use here"),
+    ("--chat none", None, "none is no table to use here"),
+    (DATA + "--tokens d.jsonl", ROW, "d.jsonl is no table to use here"),
+    ("--tokens .", None, ". is a folder; name the tokens.safetensors in it"),
+    # The model
+    ("--model a b", None, "unrecognized arguments: b"),
+    ("--model ./none", None, "no model folder ./none; give one"),
+    (DATA + "--model d.jsonl", GOOD, "no model folder d.jsonl; give one"),
+    ("--model .", None, "model . cannot be used: "),
+    ("--model none.gguf", None, "no file none.gguf"),
+]
+
+
+@pytest.mark.parametrize("flags, data, expected", WRONG)
+def test_a_mistake_gets_one_line_exit_code_2_and_no_file(
+    flags, data, expected, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_demo.py", "--device", "cpu", *flags])
-    with pytest.raises(SystemExit) as stopped:
-        train_demo.run()
-    shown = capsys.readouterr()
-    assert stopped.value.code == 2 and shown.out == ""
-    assert expected in shown.err and len(shown.err.strip().splitlines()) == 1
-    assert sorted(tmp_path.iterdir()) == before
+    if data is not None:
+        text = data.encode("utf-8", "surrogateescape")
+        (tmp_path / "d.jsonl").write_bytes(text)
+    before = sorted(tmp_path.iterdir())
+    done = call("--device", "cpu", *flags.split())
+    assert done.code == 2 and done.out == "" and sorted(tmp_path.iterdir()) == before
+    assert expected in done.err and done.err.startswith("train_demo.py: ")
+    assert len(done.err.splitlines()) == 1
 
 
-def test_a_mistake_ends_the_process_itself_with_code_2(tmp_path):
-    done = demo("--orders", 9, "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
-    assert done.stderr.startswith("train_demo.py: --orders [9] must lie in 1..5")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_is_not_there_is_a_mistake():
+    done = call("--device", "cuda")
+    assert done.code == 2 and "torch sees no CUDA GPU; use --device cpu" in done.err
 
 
 def test_a_category_unknown_to_a_saved_table_is_named_with_its_line(
-    run, small, tmp_path, demo_here
+    run, tiny, tmp_path
 ):
-    (tmp_path / "d.jsonl").write_text(
-        '{"request": "a", "category": "tobacco", "split": "test"}\n', encoding="utf-8"
-    )
-    table = small / "runs" / "demo" / "tokens.safetensors"
-    flags = ["--data", "d.jsonl", "--tokens", table, "--device", "cpu"]
-    done = demo_here(*flags, cwd=tmp_path)
-    assert (
-        done.returncode == 2 and "d.jsonl:1: unknown category 'tobacco'" in done.stderr
-    )
-    assert "alcohol, betting, neutral" in done.stderr
+    data = tmp_path / "d.jsonl"
+    data.write_text(TEST.replace('"b"', '"tobacco"'), encoding="utf-8")
+    done = call("--data", data, "--model", tiny, "--device", "cpu",
+                "--tokens", run[2] / TABLE)
+    assert done.code == 2 and "d.jsonl:1: unknown category 'tobacco'" in done.err
+    assert "known here are alcohol, betting, neutral" in done.err
+
+
+def test_a_request_that_the_chat_template_refuses_is_named_with_its_line(
+    run, tiny, tmp_path
+):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = TEMPLATES["refuses system messages, as Gemma"][0]
+    (tmp_path / "chat_template.jinja").write_text(template)
+    roles = "system", "user"
+    turns = [{"role": role, "content": "a"} for role in roles]
+    row = json.dumps({"request": turns, "category": "b", "split": "train"}) + "\n"
+    (tmp_path / "d.jsonl").write_text(TEST + NEUTRAL_ROW + row, encoding="utf-8")
+    done = call("--data", tmp_path / "d.jsonl", "--model", tmp_path, "--device", "cpu")
+    assert done.code == 2 and "d.jsonl:3: no system role" in done.err
+
+
+def test_a_model_whose_answers_cannot_end_is_refused_before_the_training(
+    run, tiny, monkeypatch
+):
+    def without_end(name, device):
+        model, own, _ = load(name, device)
+        own.eos_token = model.generation_config.eos_token_id = None
+        own.chat_template = TEMPLATES["a system role"][0]
+        return model, own, name
+
+    load = train_demo.load_backbone
+    monkeypatch.setattr(train_demo, "load_backbone", without_end)
+    monkeypatch.setattr(mosaic, "reference_answers", None)  # nothing gets that far
+    done = call("--data", run[2] / "few.jsonl", "--model", tiny, "--device", "cpu")
+    assert done.code == 2 and "nothing ends an answer: set tokenizer.eos_" in done.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    ],
+)
+def test_too_little_memory_gets_one_line_with_the_flag(monkeypatch, error):
+    monkeypatch.setattr(train_demo, "main", lambda: throw(error))
+    done = call()
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "memory" in done.err and "lower --batch_size" in done.err
+
+
+def throw(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("index 9 is out of bounds for dimension 0"), AssertionError("logits"),
+     KeyError("betting"), TypeError("no")],
+)
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, error):
+    monkeypatch.setattr(train_demo, "main", lambda: throw(error))
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        call()
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(monkeypatch):
+    monkeypatch.setattr(train_demo, "main", lambda: throw(KeyboardInterrupt()))
+    done = call()
+    assert done.code == 2 and "the same command goes on" in done.err
+
+
+def test_a_character_that_the_console_lacks_does_not_end_a_run(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    monkeypatch.setattr(train_demo, "main", lambda: print("a \u2265 b", flush=True))
+    train_demo.run()
+    assert raw.getvalue().split() == [b"a", b"?", b"b"]
+
+
+# --- Models ---------------------------------------------------------------------------
 
 
 def broken_copy(folder, how):
@@ -586,166 +549,148 @@ def broken_copy(folder, how):
     elif how == "truncated weights":
         whole = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif how == "code of its own":
+        config = json.loads((folder / "config.json").read_text())
+        own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        config |= {"model_type": "own", "auto_map": own}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "own.py").write_text("raise SystemExit('it was run')")
     else:
-        weights = load_file(folder / "model.safetensors")
+        weights, name = load_file(folder / "model.safetensors"), "mlp.up_proj.weight"
         if how == "a weight missing":
-            del weights["model.layers.0.mlp.up_proj.weight"]
-        elif how == "a wrong shape":
-            weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(2, 2)
+            del weights[f"model.layers.0.{name}"]
         else:
-            weights["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2, 2)
+            layer = 0 if how == "a wrong shape" else 9
+            weights[f"model.layers.{layer}.{name}"] = torch.zeros(2, 2)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
 
 @pytest.mark.parametrize(
     "how, expected",
     [
         ("broken template", "cannot be used: Unexpected end of template"),
-        ("truncated weights", "cannot be used"),
+        ("truncated weights", "cannot be used: "),
+        ("code of its own", "it needs code of its own to be run (trust_remote_code)"),
         ("a wrong shape", "up_proj.weight is [2, 2], its config says ["),
         ("a weight missing", "1 missing keys, first model.layers.0.mlp.up_proj.weight"),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_refused_before_anything_runs(
-    tmp_path, how, expected
+def test_a_checkpoint_that_is_not_whole_or_not_ours_is_refused_in_one_line(
+    tmp_path, monkeypatch, capsys, how, expected
 ):
-    broken_copy(tmp_path / "broken", how)
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        train_demo.load_backbone(str(tmp_path / "broken"), "cpu")
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")  # to whatever is asked
+    with pytest.raises(ValueError, match=re.escape(expected)) as refused:
+        train_demo.load_backbone(broken_copy(tmp_path / "broken", how), "cpu")
+    assert "\n" not in str(refused.value) and capsys.readouterr().out == ""
 
 
 def test_a_weight_too_many_is_only_told(tmp_path, capsys):
-    broken_copy(tmp_path / "more", "a weight too many")
-    train_demo.load_backbone(str(tmp_path / "more"), "cpu")
+    train_demo.load_backbone(broken_copy(tmp_path / "more", "a weight too many"), "cpu")
     told = "has 1 weights that go unused, first model.layers.9.mlp.up_proj.weight"
     assert told in capsys.readouterr().out
 
 
-def test_one_category_and_one_with_a_strange_name_go_to_the_end(tmp_path, demo_here):
-    lines, counts = [], Counter()
-    for row in read("requests"):
-        kind = row["category"], row["split"]
-        if row["category"] in ("sex", "neutral") and not row["near"]:
-            counts[kind] += 1
-            if counts[kind] <= 6:
-                row["category"] = row["category"].replace("sex", "all")
-                lines.append(json.dumps(row) + "\n")
-    (tmp_path / "d.jsonl").write_text("".join(lines), encoding="utf-8")
-    flags = ["--data", "d.jsonl", "--epochs", 1, "--device", "cpu"]
-    done = demo_here(*flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    files = {path.name for path in (tmp_path / "runs" / "demo").iterdir()}
-    assert files == {"tokens.safetensors", "results.json", "report.html"}
-    assert done.stdout.count("         all | ") == 3
-
-
-def test_without_the_hub_a_cuda_machine_falls_back_and_a_named_model_does_not(
-    monkeypatch, capsys, tmp_path
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+def test_a_lora_folder_is_merged_to_the_logits_of_the_peft_model(
+    tiny, tmp_path, tokenizer, own_tokenizer
 ):
-    monkeypatch.setattr(train_demo, "ON_CUDA", str(tmp_path))  # an empty folder
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
-    model, _, name = train_demo.load_backbone("", "cuda")
-    assert name.endswith("tiny_chat") and model.dtype == torch.bfloat16
-    assert capsys.readouterr().out.count("taking the embedded backbone instead") == 1
-    with pytest.raises(ValueError, match="cannot be used"):
-        train_demo.load_backbone(str(tmp_path), "cuda")
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"],
+        init_lora_weights=False,  # else the adapter would do nothing
+    )
+    adapted = peft.get_peft_model(base, settings).eval()
+    adapted.save_pretrained(tmp_path)
+    if own_tokenizer:
+        tokenizer.save_pretrained(tmp_path)
+    merged, own, _ = train_demo.load_backbone(str(tmp_path), "cpu")
+    assert type(merged) is type(AutoModelForCausalLM.from_pretrained(tiny))
+    ids = own("What goes in a stew?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        wanted = adapted(ids).logits
+        torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        with adapted.disable_adapter():
+            assert (adapted(ids).logits - wanted).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
-    ],
-)
-def test_too_little_memory_gets_one_line_with_the_flag(monkeypatch, capsys, error):
-    def main():
-        raise error
-
-    monkeypatch.setattr(train_demo, "main", main)
-    with pytest.raises(SystemExit) as stopped:
-        train_demo.run()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1
-    assert "memory" in said and "lower --batch_size" in said
-    error.args = ("sizes do not match",)  # a defect of ours keeps its traceback
-    with pytest.raises(RuntimeError, match="sizes"):
-        train_demo.run()
+def test_an_adapter_without_peft_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="is an adapter: pip install peft, or merge"):
+        train_demo.find_model(str(tmp_path))
 
 
-def test_a_character_that_the_console_lacks_does_not_end_a_run(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
-    monkeypatch.setattr(train_demo, "main", lambda: print("a \u2265 b", flush=True))
-    train_demo.run()
-    assert raw.getvalue().split() == [b"a", b"?", b"b"]
+def test_a_gguf_file_is_found_by_its_name_or_in_its_folder(tmp_path, monkeypatch):
+    first, second = tmp_path / "a.gguf", tmp_path / "B.GGUF"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="^no file .*a.gguf$"):
+        train_demo.find_model(str(first))
+    first.write_bytes(b"")
+    found = str(tmp_path), {"gguf_file": "a.gguf"}
+    assert train_demo.find_model(str(first)) == found
+    assert train_demo.find_model(str(tmp_path)) == found
+    second.write_bytes(b"")
+    assert train_demo.find_model(str(second)) == (
+        str(tmp_path), {"gguf_file": "B.GGUF"}
+    )
 
 
-def test_a_trained_table_outlives_an_evaluation_that_fails(
-    small, tmp_path, monkeypatch, capsys
-):
-    def evaluate(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_folder_of_several_gguf_files_is_refused_with_one_to_name(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="name one of .*a.gguf, .*b.gguf$"):
+        train_demo.find_model(str(tmp_path))
 
-    monkeypatch.setattr(train_demo, "evaluate", evaluate)
-    few = functools.partial(TrainConfig, positives_per_subset=4)
-    monkeypatch.setattr(train_demo, "TrainConfig", few)
+
+@pytest.mark.parametrize("lacking", ["gguf", "accelerate", "gguf accelerate"])
+def test_what_gguf_needs_is_named_with_the_command(tmp_path, monkeypatch, lacking):
+    (tmp_path / "a.gguf").write_bytes(b"")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name not in lacking.split() or None
+    )
+    with pytest.raises(ValueError, match=f": pip install {lacking}$"):
+        train_demo.find_model(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_gguf_file_trains_and_exports_with_equal_logits(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    if not GGUF.exists():
+        pytest.skip(f"no {GGUF}")
+    write_few(tmp_path / "d.jsonl", ("alcohol", "betting"), train=1, test=1)
     monkeypatch.chdir(tmp_path)
-    flags = ["--data", str(small / "small.jsonl"), "--epochs", "1", "--orders", "1"]
-    monkeypatch.setattr(sys, "argv", ["train_demo.py", "--device", "cpu", *flags])
-    with pytest.raises(SystemExit):
-        train_demo.run()
-    kept = sorted(path.name for path in (tmp_path / "runs" / "demo").iterdir())
-    assert kept == ["tokens.safetensors", "training.pt"]
+    monkeypatch.setattr(train_demo, "JUDGED_TOKENS", 4)
+    monkeypatch.setattr(train_demo, "SHOWN_TOKENS", 4)
+    done = call("--model", GGUF, "--data", "d.jsonl", "--device", "cpu",
+                "--epochs", 1, "--positives_per_subset", 2, "--answer_tokens", 4,
+                "--later_turns", 0, "--export", "served")
+    assert done.code == 0 and "exported to served" in done.out, done.err
+    model, tokenizer, _ = train_demo.load_backbone(str(GGUF), "cpu")
+    served, own = (
+        kind.from_pretrained("served") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    tokens, prompt = ControlTokens.load(TABLE, model), "What goes in a Negroni?"
+    for policy in ([], ["betting"], ["alcohol", "betting"]):
+        row = mosaic.control_row(tokenizer, tokens, policy, prompt, [0])
+        ids = own.apply_chat_template(
+            mosaic.as_messages(prompt), policy=policy, add_generation_prompt=True,
+            return_dict=True, return_tensors="pt",
+        )["input_ids"]
+        with torch.no_grad():
+            wanted, _ = mosaic.answer_logits(model, mosaic.make_batch(model, [row]))
+            logits = served(ids).logits[0, -1:, : wanted.shape[1]]
+        torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_categories_are_read_without_the_blanks_around_them(tmp_path):
-    path = tmp_path / "d.csv"
-    path.write_text("request,category,near\na, b ,\nc,neutral ,b \n")
-    first, second = train_demo.read_requests(str(path))
-    assert (first.category, second.category, second.near) == ("b", NEUTRAL, "b")
+# --- The network ----------------------------------------------------------------------
 
 
-def test_a_chat_forgets_its_oldest_turns_where_the_model_has_no_more_room(
-    backbone, tokenizer, tmp_path, monkeypatch, capsys
-):
-    ControlTokens.for_model(backbone, tokenizer, ["alcohol"]).save(tmp_path / "t")
-    lines, seen = iter(["Hi " * 60, "And " * 60, "Then " * 60, "much " * 999]), []
-
-    def say(prompt):
-        if line := next(lines, None):
-            return line
-        raise EOFError
-
-    def answer(model, tokenizer, tokens, prompts, policies, n, streamer):
-        room = model.config.max_position_embeddings
-        assert len(mosaic.prompt_ids(tokenizer, prompts[0])) + 5 + n <= room
-        seen.append([turn["content"].split()[0] for turn in prompts[0]])
-        return ["Well."]
-
-    monkeypatch.setattr("builtins.input", say)
-    monkeypatch.setattr(train_demo, "generate", answer)
-    train_demo.chat(tmp_path / "t", backbone, tokenizer)
-    assert seen[0] == ["Hi"] and seen[-1][-1] == "Then" and "Hi" not in seen[-1]
-    assert all(said[0] != "Well." for said in seen)  # whole exchanges go
-    assert len(seen) == 3 and "too long: 251 tokens fit" in capsys.readouterr().out
-
-
-def test_the_demo_asks_the_network_for_nothing(monkeypatch):
-    asked = []
-
-    def resolve(*arguments, **more):
-        asked.append(arguments)
-        raise OSError("no network")
-
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    train_demo.load_backbone("", "cpu")
-    assert len(train_demo.read_requests(train_demo.Flags().data)) == 1000
-    assert asked == []
-
-
-def test_without_a_network_a_hub_name_is_looked_for_once(monkeypatch):
+@pytest.fixture
+def no_network(monkeypatch):
+    """Without a network and not told so; returns the hosts that were asked for."""
     asked = []
 
     def resolve(host, *more):
@@ -754,6 +699,33 @@ def test_without_a_network_a_hub_name_is_looked_for_once(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    with pytest.raises(ValueError, match="cannot be used: .*not known"):
-        train_demo.load_backbone("nobody/nothing", "cpu")
-    assert 1 <= len(asked) <= 2
+    return asked
+
+
+def test_the_demo_asks_the_network_for_nothing(no_network, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_demo.py", "--device", "cpu"])
+    flags, _ = train_demo.read_flags()
+    train_demo.load_backbone(flags.model, flags.device)
+    assert len(train_demo.read_requests(flags.data)) == 1000
+    assert train_demo.read_summaries(flags.summaries) and no_network == []
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
+def test_without_a_network_a_hub_name_is_looked_for_once(no_network, name):
+    with pytest.raises(ValueError, match=f"model {name} cannot be used: .*not known"):
+        train_demo.load_backbone(name, "cpu")
+    assert 1 <= len(no_network) <= 2
+
+
+def test_on_cuda_without_a_network_the_default_says_what_it_takes_instead(
+    no_network, monkeypatch, capsys
+):
+    monkeypatch.setattr(train_demo, "ON_CUDA", "nobody/nothing")
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    model, _, name = train_demo.load_backbone("", "cuda")
+    assert name.endswith("tiny_chat") and model.dtype == torch.bfloat16
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "model nobody/nothing cannot be used" in line
+    assert line.endswith("taking the embedded backbone instead")
+    with pytest.raises(ValueError, match="cannot be used"):  # one that was asked for
+        train_demo.load_backbone("nobody/nothing", "cuda")

@@ -1,23 +1,23 @@
-"""Section 9: the tokens in an ordinary checkpoint, and as a PEFT adapter."""
+"""Section 9: the tokens in an ordinary checkpoint that takes a policy."""
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CATEGORIES, FAMILIES, read, tiny_model
+import transformers
+from conftest import CATEGORIES, FAMILIES, ROOT, read, tiny_model
 from jinja2 import TemplateError
-from safetensors.torch import load_file
-from test_families import TEMPLATES, tokenizer_like
+from test_families import TEMPLATES, tokenizer_like, turns
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mosaic
-from mosaic import ControlTokens, Row
+from mosaic import PLACE, ControlTokens
 
-CHAT = [{"role": "user", "content": "What goes in a Negroni?"}]
+CHAT = turns("What goes in a Negroni?")
 EVERY = [
-    (),
-    *(p for r in range(1, 6) for p in mosaic.subsets(CATEGORIES, r, 99, random)),
+    (), *(p for r in range(1, 6) for p in mosaic.subsets(CATEGORIES, r, 99, random))
 ]
 
 
@@ -36,44 +36,62 @@ def templated(tokenizer, chat, policy):
     )["input_ids"]
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def reader(tokenizer, tmp_path_factory):
+    """The tokenizer of an exported checkpoint."""
+    model = tiny_model("llama", tokenizer)
+    tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
+    out = tmp_path_factory.mktemp("exported") / "out"
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    return AutoTokenizer.from_pretrained(out)
+
+
+# --- The checkpoint -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exported_checkpoint_has_the_logits_of_the_tokens(
-    family, tied, tokenizer, tmp_path
+    family, tied, tokenizer, tmp_path, out
 ):
+    # As users have it: in a qwen2 folder the same file makes another tokenizer.
+    tiny_model(family, tokenizer).config.save_pretrained(tmp_path / "own")
+    tokenizer.save_pretrained(tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "own")
     model = tiny_model(family, tokenizer, tie_word_embeddings=tied)
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    exported, reader = reloaded(tmp_path / "out")
+    exported, reader = reloaded(out)
     assert not exported.config.tie_word_embeddings  # other engines go by this
     for policy in ([], ["sex"], ["horror", "alcohol"], CATEGORIES):
         ids = templated(reader, CHAT, policy)
-        prompt = mosaic.prompt_ids(tokenizer, CHAT)
-        assert len(ids) == len(prompt) + 3 * len(policy)
-        row = Row(prompt, tokens.compose(policy), [9, 8])
-        batch = mosaic.make_batch(model, tokenizer, [row])
+        row = mosaic.control_row(tokenizer, tokens, policy, CHAT, [9, 8])
+        assert len(ids) == len(row.prompt) - bool(policy) + 3 * len(policy)
         with torch.no_grad():
             found = exported(input_ids=torch.tensor([ids + [9]])).logits[0, -2:]
-            logits = mosaic.answer_logits(model, batch)[0]
-            plain = model(input_ids=torch.tensor([prompt + [9]])).logits[0, -2:]
+            logits, _ = mosaic.answer_logits(model, mosaic.make_batch(model, [row]))
         own = found[:, : len(tokenizer)]
         torch.testing.assert_close(own, logits, rtol=1e-5, atol=1e-5)
         if not policy:
-            assert ids == prompt and torch.equal(own, plain)
+            plain = model(input_ids=torch.tensor([[*row.prompt, 9]])).logits[0, -2:]
+            assert ids == row.prompt and torch.equal(own, plain)
 
 
-def test_vectors_keep_their_size_where_a_family_scales_them_in_bf16(
-    tokenizer, tmp_path
-):
+def test_vectors_keep_their_size_where_a_family_scales_them_in_bf16(tokenizer, out):
     model = tiny_model("gemma", tokenizer, hidden_size=40, head_dim=16).bfloat16()
     scaled = model.get_input_embeddings()
     scaled.embed_scale = torch.tensor(40**0.5)  # in fp32, as from_pretrained leaves it
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES)
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
-    embed = reloaded(tmp_path / "out")[0].bfloat16().get_input_embeddings()
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    embed = reloaded(out)[0].bfloat16().get_input_embeddings()
     read = embed(torch.arange(len(tokenizer), len(embed.weight))).float()
     own = torch.cat(list(tokens.vectors))
     size = (read * own).sum() / (own * own).sum()
@@ -81,13 +99,13 @@ def test_vectors_keep_their_size_where_a_family_scales_them_in_bf16(
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])  # phi has a bias in its head
-def test_control_tokens_get_the_mean_logit_from_the_head(family, tokenizer, tmp_path):
+def test_control_tokens_get_the_mean_logit_from_the_head(family, tokenizer, out):
     model = tiny_model(family, tokenizer)
     if model.get_output_embeddings().bias is not None:
         torch.nn.init.normal_(model.get_output_embeddings().bias, mean=1.0)
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
-    exported, _ = reloaded(tmp_path / "out")
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    exported, _ = reloaded(out)
     ids = exported.generation_config.suppress_tokens
     assert ids == list(range(len(tokenizer), len(tokenizer) + 15))
     with torch.no_grad():
@@ -98,37 +116,184 @@ def test_control_tokens_get_the_mean_logit_from_the_head(family, tokenizer, tmp_
 
 
 def test_spare_rows_of_a_padded_vocabulary_are_used_and_none_is_taken_away(
-    tokenizer, tmp_path
+    tokenizer, out
 ):
     padded = len(tokenizer) + 40
-    model = tiny_model("qwen2", tokenizer, tie_word_embeddings=True, vocab_size=padded)
+    model = tiny_model("llama", tokenizer, tie_word_embeddings=True, vocab_size=padded)
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
-    exported, _ = reloaded(tmp_path / "out")
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    exported, _ = reloaded(out)
     rows, old = exported.get_input_embeddings().weight, model.get_input_embeddings()
     assert len(rows) == padded == exported.config.vocab_size
     assert torch.equal(rows[: len(tokenizer)], old.weight[: len(tokenizer)])
     assert torch.equal(rows[len(tokenizer) :][:15], torch.cat(list(tokens.vectors)))
 
 
+SETTINGS = {
+    "temperature": 0.6, "top_p": 0.5, "repetition_penalty": 1.1, "num_beams": 2,
+    "stop_strings": ["."], "return_dict_in_generate": True, "eos_token_id": [1, 7],
+}
+
+
+def test_generation_settings_are_exported_as_the_checkpoint_brought_them(
+    model, tokenizer, tokens, out
+):
+    for name, value in SETTINGS.items():  # a temperature, and no sampling
+        setattr(model.generation_config, name, value)
+    model.generation_config.suppress_tokens = [7]
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    found = json.loads((out / "generation_config.json").read_text())
+    assert {name: found[name] for name in SETTINGS} == SETTINGS
+    assert found["suppress_tokens"] == [7, *range(len(tokenizer), len(tokenizer) + 15)]
+    assert model.generation_config.suppress_tokens == [7]  # the backbone's own
+
+
+@pytest.mark.parametrize("kind", ["half", "eager attention", "compiled"])
+def test_an_export_takes_a_backbone_as_it_was_loaded_and_compares_like_with_like(
+    kind, model, tokenizer, tokens, out, monkeypatch
+):
+    real, seen = mosaic.answer_logits, set()
+
+    def answer_logits(model, batch):
+        seen.add((model.config._attn_implementation, model.dtype))
+        return real(model, batch)
+
+    monkeypatch.setattr(mosaic, "answer_logits", answer_logits)
+    if kind == "half":
+        model.bfloat16()
+    elif kind == "compiled":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.set_attn_implementation("eager")
+        model.bfloat16()
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    assert len(seen) == 1  # other kernels round otherwise in bf16
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def gguf_like(model):
+    """What from_pretrained(..., gguf_file=...) leaves on a model of plain weights."""
+    model.hf_quantizer = SimpleNamespace(is_serializable=lambda *a, **k: False)
+    model.is_quantized = True
+    model.config.quantization_config = {"quant_method": "gguf"}
+    return model
+
+
+def test_a_model_read_from_a_gguf_file_is_exported_and_stays_as_it_was(
+    model, tokenizer, tokens, out
+):
+    mosaic.export_checkpoint(gguf_like(model), tokenizer, tokens, out)
+    assert model.is_quantized and model.hf_quantizer
+    assert model.config.quantization_config == {"quant_method": "gguf"}
+    exported, _ = reloaded(out)
+    assert not hasattr(exported.config, "quantization_config")
+
+
+GGUF = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GGUF.exists(), reason=f"no {GGUF}")
+def test_a_real_gguf_file_is_exported_with_the_logits_of_the_tokens(out):
+    for name in ("gguf", "accelerate"):
+        pytest.importorskip(name)
+    file = {"gguf_file": GGUF.name}
+    tokenizer = AutoTokenizer.from_pretrained(GGUF.parent, **file)
+    model = AutoModelForCausalLM.from_pretrained(
+        GGUF.parent, **file, dtype=torch.float32
+    )
+    tokens = ControlTokens.for_model(model, tokenizer, ["alcohol"], 2)
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    exported, reader = reloaded(out)
+    ids = templated(reader, CHAT, ["alcohol"])
+    row = mosaic.control_row(tokenizer, tokens, ["alcohol"], CHAT, [9])
+    with torch.no_grad():
+        found = exported(torch.tensor([ids])).logits[0, -1:]
+        own, _ = mosaic.answer_logits(model, mosaic.make_batch(model, [row]))
+    torch.testing.assert_close(found[:, : own.shape[1]], own, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", ["vectors", "weights", "tokenizer", "template"])
+def test_an_export_that_reads_back_otherwise_is_refused_and_leaves_nothing(
+    wrong, model, tokenizer, tokens, tmp_path, monkeypatch
+):
+    real, real_template = mosaic.with_vectors, mosaic.policy_template
+
+    def with_vectors(model, tokens, ids):
+        made = real(model, tokens, ids)
+        with torch.no_grad():
+            if wrong == "vectors":
+                made.get_input_embeddings().weight[ids[0]] *= 3
+            elif wrong == "weights":
+                made.get_output_embeddings().weight[7] += 1
+        return made
+
+    def template(*arguments):
+        return real_template(*arguments).replace(" ~ mosaic.words[start:]", "")
+
+    monkeypatch.setattr(mosaic, "with_vectors", with_vectors)
+    said = "logits differ by"
+    if wrong == "tokenizer":  # its folder makes another pre-tokenizer of the same file
+        model, said = tiny_model("qwen2", tokenizer), "gives other ids than training"
+    elif wrong == "template":
+        monkeypatch.setattr(mosaic, "policy_template", template)
+        said = "gives other ids than training"
+    with pytest.raises(ValueError, match=said):
+        mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_takes_no_folder_that_exists(model, tokenizer, tokens, tmp_path):
+    with pytest.raises(ValueError, match="exists, or"):
+        mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_not_exported_again_and_leaves_nothing_behind(
+    model, tokenizer, tokens, tmp_path
+):
+    (tmp_path / "out.part").mkdir()  # of a run that was killed
+    (tmp_path / "out.part" / "stale.json").write_text("{}")
+    mosaic.export_checkpoint(model, tokenizer, tokens, f"{tmp_path}/out/")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "stale.json").exists()
+    exported, reader = reloaded(tmp_path / "out")
+    with pytest.raises(ValueError, match="has such tokens already"):
+        mosaic.export_checkpoint(exported, reader, tokens, tmp_path / "again")
+
+
+# --- The chat template ----------------------------------------------------------------
+
+
 @pytest.mark.parametrize("manner", TEMPLATES)
-def test_the_template_puts_a_policy_after_bos_in_the_order_of_the_table(
-    manner, tmp_path
+def test_the_template_puts_a_policy_where_training_does_in_the_tables_order(
+    manner, out
 ):
     tokenizer = tokenizer_like(manner)
     model = tiny_model("llama", tokenizer)
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2)
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
-    reader = AutoTokenizer.from_pretrained(tmp_path / "out")
-    chat = [*CHAT, {"role": "assistant", "content": "Gin. "}, *CHAT]
-    plain = mosaic.prompt_ids(tokenizer, chat)
-    for nothing in ([], None):
-        assert templated(reader, chat, nothing) == plain
-    ids = templated(reader, chat, ["sex", "alcohol"])
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    reader = AutoTokenizer.from_pretrained(out)
     names = ["<|alcohol:0|>", "<|alcohol:1|>", "<|sex:0|>", "<|sex:1|>"]
-    start = int(TEMPLATES[manner][1])
-    assert reader.convert_ids_to_tokens(ids[start : start + 4]) == names
-    assert ids[:start] + ids[start + 4 :] == plain
+    again = turns("What goes in a Negroni?", "Gin. ")
+    chats = [CHAT, [*CHAT, again[1], *CHAT], turns(" \n  Odds? "), again]
+    if "gemma" not in manner:
+        chats.append(turns("Odds?", "Which?", " Odds? ", system="Be kind."))
+    for chat in chats:
+        if manner != "qwen 3":  # which generate tells not to think, and a caller need
+            for nothing in ([], None):
+                assert templated(reader, chat, nothing) == mosaic.prompt_ids(
+                    tokenizer, chat
+                )
+        ids = reader.apply_chat_template(
+            chat, policy=["sex", "alcohol"], add_generation_prompt=True,
+            return_dict=True, enable_thinking=False,
+        )["input_ids"]
+        placed = mosaic.prompt_ids(tokenizer, chat, place=True)
+        start = placed.index(PLACE)
+        assert reader.convert_ids_to_tokens(ids[start : start + 4]) == names
+        assert ids[:start] + [PLACE] + ids[start + 4 :] == placed
 
 
 UNKNOWN = "tobacco is none of addiction, alcohol, betting, horror, sex"
@@ -137,146 +302,98 @@ UNKNOWN = "tobacco is none of addiction, alcohol, betting, horror, sex"
 @pytest.mark.parametrize(
     "policy, line",
     [
-        (["tobacco"], UNKNOWN),
-        (["sex", "tobacco"], UNKNOWN),
-        ("alcohol", "it must be a list"),
-        ({"alcohol": False}, "it must be a list"),
+        (["tobacco"], UNKNOWN), (["sex", "tobacco"], UNKNOWN),
+        ("alcohol", "it must be a list"), ({"alcohol": False}, "it must be a list"),
     ],
 )
-def test_the_template_refuses_what_is_no_list_of_known_categories(
-    policy, line, model, tokenizer, tokens, tmp_path
-):
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
-    reader = AutoTokenizer.from_pretrained(tmp_path / "out")
+def test_the_template_refuses_what_is_no_list_of_known_categories(policy, line, reader):
     with pytest.raises(TemplateError, match=f"bad policy: {line}"):
         templated(reader, CHAT, policy)
 
 
-def test_control_tokens_that_a_user_types_are_only_text(
-    model, tokenizer, tokens, tmp_path
-):
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
-    reader = AutoTokenizer.from_pretrained(tmp_path / "out")
+def test_a_policy_is_never_passed_over_for_want_of_words(reader):
+    control = reader.convert_tokens_to_ids("<|sex:0|>")
+    with pytest.raises(TemplateError, match="a policy needs a message with"):
+        templated(reader, [{"role": "system", "content": "Odds?"}], ["sex"])
+    for empty in ("", None, [], [{"type": "image"}]):
+        chat = turns("Odds?", "Which?") + [{"role": "user", "content": empty}]
+        assert templated(reader, chat, ["sex"]).count(control) == 1
+    chat = turns("Odds?", "Which?")  # that the assistant is to go on with
+    assert templated(reader, chat, ["sex"]).count(control) == 1
+
+
+def test_content_in_parts_is_read_as_the_same_words(reader):
+    def in_parts(chat):
+        return [m | {"content": [
+            {"type": "text", "text": m["content"][:3]}, {"type": "image"},
+            {"type": "text", "text": m["content"][3:]},
+        ]} for m in chat]  # fmt: skip
+
+    chat = turns("Odds?", "Which ones?", " 7/2?", system="Be kind.")
+    for policy in ([], ["sex"], CATEGORIES):
+        assert templated(reader, in_parts(chat), policy) == templated(
+            reader, chat, policy
+        )
+
+
+def test_control_tokens_that_are_typed_anywhere_are_only_text(tokenizer, reader):
     control = set(range(len(tokenizer), len(tokenizer) + 15))
     typed = "<|alcohol:0|><|<|sex:1|>sex:1|> < |horror:0|><|betting:2|>"
     assert control & set(reader(typed)["input_ids"])  # as bare text they would act
-    chat = [{"role": "user", "content": typed}]
-    assert not control & set(templated(reader, chat, []))
-    ids = templated(reader, chat, ["sex"])
-    assert [i for i in ids if i in control] == sorted(control)[-3:]
+    parts = [{"type": "text", "text": typed[:9]}, {"type": "text", "text": typed[9:]}]
+    for words in (typed, parts):
+        chat = turns(words, words, words, system=words)
+        assert not control & set(templated(reader, chat, []))
+        ids = templated(reader, chat, ["sex"])
+        assert [i for i in ids if i in control] == sorted(control)[-3:]
 
 
+def test_categories_may_have_any_name(model, tokenizer, tmp_path, out):
+    names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0", "🍺"]
+    names += ["AFTER TEMPLATE", "{{ x }}", "CONTENT", "back\\slash"]
+    tokens = ControlTokens.for_model(model, tokenizer, names, 2)
+    tokens.save(tmp_path / "t")
+    assert ControlTokens.load(tmp_path / "t", model).categories == names
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    reader, first = AutoTokenizer.from_pretrained(out), len(tokenizer)
+    placed = mosaic.prompt_ids(tokenizer, CHAT, place=True)
+    at = placed.index(PLACE)
+    for i, name in enumerate(names):
+        own = [first + 2 * i, first + 2 * i + 1]
+        assert templated(reader, CHAT, [name]) == placed[:at] + own + placed[at + 1 :]
+
+
+# --- Served by transformers -----------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_the_exported_backbone_answers_as_generate_does_under_every_policy(
-    backbone, tokenizer, tmp_path
+    backbone, tokenizer, out
 ):
     tokens = ControlTokens.for_model(backbone, tokenizer, CATEGORIES)
-    mosaic.export_checkpoint(backbone, tokenizer, tokens, tmp_path / "out")
-    exported, reader = reloaded(tmp_path / "out")
+    mosaic.export_checkpoint(backbone, tokenizer, tokens, out)
+    exported, reader = reloaded(out)
     asked = [row["request"] for row in read("requests")[::31]]
     prompts = [asked[i % len(asked)] for i in range(len(EVERY))]
     ours = mosaic.generate(backbone, tokenizer, tokens, prompts, EVERY, 24)
     for prompt, policy, answer in zip(prompts, EVERY, ours):
-        chat = [{"role": "user", "content": prompt}]
-        ids = torch.tensor([templated(reader, chat, list(policy))])
-        out = exported.generate(ids, max_new_tokens=24)[0, ids.shape[1] :]
-        assert reader.decode(out, skip_special_tokens=True).strip() == answer
+        ids = torch.tensor([templated(reader, turns(prompt), list(policy))])
+        found = exported.generate(ids, max_new_tokens=24)[0, ids.shape[1] :]
+        assert reader.decode(found, skip_special_tokens=True).strip() == answer
 
 
-def test_an_export_takes_no_folder_that_exists(model, tokenizer, tokens, tmp_path):
-    with pytest.raises(ValueError, match="exists, or"):
-        mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path)
-    with pytest.raises(OSError):
-        mosaic.export_peft(tokens, ["sex"], tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_export_is_not_exported_again_and_leaves_nothing_behind(
-    model, tokenizer, tokens, tmp_path
-):
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "stale.json").write_text("{}")
-    model.generation_config.suppress_tokens = [7]
-    mosaic.export_checkpoint(model, tokenizer, tokens, f"{tmp_path}/out/")
-    model.generation_config.suppress_tokens = None
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not (tmp_path / "out" / "stale.json").exists()
-    exported, reader = reloaded(tmp_path / "out")
-    assert exported.generation_config.suppress_tokens[:2] == [7, len(tokenizer)]
-    with pytest.raises(ValueError, match="has such tokens already"):
-        mosaic.export_checkpoint(exported, reader, tokens, tmp_path / "again")
-
-
-def test_settings_that_transformers_refuses_to_save_are_named_as_such(
-    model, tokenizer, tokens, tmp_path
-):
-    model.generation_config.temperature = 0.6  # and no sampling
-    try:
-        with pytest.raises(ValueError, match="temperature"):
-            mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "it")
-    finally:
-        model.generation_config.temperature = None
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_an_adapter_of_no_policy_is_refused(tokens, tmp_path):
-    with pytest.raises(ValueError, match="an adapter needs a policy"):
-        mosaic.export_peft(tokens, [], tmp_path / "out")
-
-
-def test_an_adapter_holds_the_composed_policy_in_pefts_form(tokens, tmp_path):
-    mosaic.export_peft(tokens, ["sex", "alcohol"], tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "PROMPT_TUNING" and config["inference_mode"]
-    assert (config["num_virtual_tokens"], config["token_dim"]) == (6, 32)
-    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert list(held) == ["prompt_embeddings"]
-    assert torch.equal(held["prompt_embeddings"], tokens.compose(["alcohol", "sex"]))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
-def test_peft_gives_a_table_made_for_its_place_the_same_logits(
-    family, tokenizer, tmp_path
-):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = tiny_model(family, tokenizer)
-    tokens = ControlTokens.for_model(
-        model, tokenizer, CATEGORIES, 3, placement="before_bos"
+@pytest.mark.slow
+def test_transformers_pipeline_takes_a_policy(backbone, tokenizer, out):
+    tokens = ControlTokens.for_model(backbone, tokenizer, CATEGORIES)
+    mosaic.export_checkpoint(backbone, tokenizer, tokens, out)
+    pipeline = transformers.pipeline("text-generation", model=str(out), device="cpu")
+    answers = []
+    for policy in ([], ["alcohol", "sex"]):
+        found = pipeline(
+            CHAT, max_new_tokens=16, tokenizer_encode_kwargs={"policy": policy}
+        )
+        answers.append(found[0]["generated_text"][-1]["content"].strip())
+    ours = mosaic.generate(
+        backbone, tokenizer, tokens, [CHAT] * 2, [(), ("alcohol", "sex")], 16
     )
-    mosaic.export_peft(tokens, ["sex", "alcohol"], tmp_path / "out")
-    prompt = mosaic.prompt_ids(tokenizer, CHAT)
-    row = mosaic.control_row(tokens, ["sex", "alcohol"], prompt, [9, 8])
-    batch = mosaic.make_batch(model, tokenizer, [row])
-    with torch.no_grad():
-        expected = mosaic.answer_logits(model, batch)[0]
-        adapted = peft.PeftModel.from_pretrained(model, tmp_path / "out")
-        found = adapted(torch.tensor([prompt + [9, 8]])).logits[0, -3:-1]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_table_for_the_place_before_bos_is_exported_for_it(
-    model, tokenizer, tmp_path
-):
-    tokens = ControlTokens.for_model(
-        model, tokenizer, ["alcohol", "sex"], 2, placement="before_bos"
-    )
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
-    reader = AutoTokenizer.from_pretrained(tmp_path / "out")
-    plain, first = mosaic.prompt_ids(tokenizer, CHAT), len(tokenizer)
-    ids = templated(reader, CHAT, ["sex"])
-    assert (
-        ids == [first + 2, first + 3, *plain] and templated(reader, CHAT, []) == plain
-    )
-
-
-def test_categories_may_have_any_name(model, tokenizer, tmp_path):
-    names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0", "🍺"]
-    names += ["AFTER TEMPLATE", "{{ x }}", "CONTROL", "back\\slash"]
-    tokens = ControlTokens.for_model(model, tokenizer, names, 2)
-    tokens.save(tmp_path / "t")
-    assert ControlTokens.load(tmp_path / "t", model).categories == names
-    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
-    reader = AutoTokenizer.from_pretrained(tmp_path / "out")
-    first, plain = len(tokenizer), mosaic.prompt_ids(tokenizer, CHAT)
-    for i, name in enumerate(names):
-        ids = templated(reader, CHAT, [name])
-        assert ids == [plain[0], first + 2 * i, first + 2 * i + 1, *plain[1:]]
+    assert answers == ours and ours[0] != ours[1]

@@ -1,22 +1,22 @@
 """Any small open model: every family of architectures and manner of chat template."""
 
-import random
 import re
+from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import CATEGORIES, EMBEDDED, FAMILIES, README, SMALL, tiny_model
+from conftest import CATEGORIES, EMBEDDED, FAMILIES, SMALL, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import mosaic
-import train_demo
-from mosaic import NEUTRAL, ControlTokens, Request, Row, TrainConfig
+from mosaic import MARK, NEUTRAL, PLACE, ControlTokens, Request, TrainConfig
 
 PROMPTS = [
-    "What goes in a Negroni?",
-    "My dog barks at the postman, what helps?",
-    "Odds?",
+    "What goes in a Negroni?", "My dog barks at the postman, what helps?", "Odds?"
 ]
 POLICIES = [("alcohol",), (), ("alcohol", "betting", "sex")]
 REQUESTS = [
@@ -24,27 +24,36 @@ REQUESTS = [
     for category in ("alcohol", "betting", NEUTRAL)
     for prompt in (f"a word on {category}", f"and more, much more on {category}")
 ]
+BRIEF = TrainConfig(epochs=1, positives_per_subset=2, answer_tokens=6)
 
 # --- Architectures --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_of_a_mixed_batch_are_those_of_each_prompt_alone(
+def test_rows_of_a_mixed_batch_are_read_and_answered_as_each_alone(
     family, tied, tokenizer
 ):
     model = tiny_model(family, tokenizer, tie_word_embeddings=tied)
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     assert (head.weight is embed.weight) == tied
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
-    alone = [
-        mosaic.generate(model, tokenizer, tokens, [prompt], [policy], 8)[0]
-        for prompt, policy in zip(PROMPTS, POLICIES)
-    ]
-    together = mosaic.generate(model, tokenizer, tokens, PROMPTS, POLICIES, 8)
-    assert together == alone and (tied or len(set(alone)) > 1)
-    bare = mosaic.generate(model, tokenizer, None, PROMPTS, None, 8)
-    assert bare[1] == alone[1]
+    row = partial(mosaic.control_row, tokenizer, tokens)
+    answers = [9, 8], [7], [6, 5, 4]
+    rows = [*map(row, POLICIES, PROMPTS, answers)]
+    read = partial(mosaic.make_batch, model)
+    with torch.no_grad():
+        alone = [mosaic.answer_logits(model, read([one]))[0] for one in rows]
+        for side in ("left", "right"):
+            found, labels = mosaic.answer_logits(model, read(rows, side))
+            torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-4)
+            assert labels.tolist() == [9, 8, 7, 6, 5, 4]
+        plain = model(torch.tensor([[*rows[1].prompt, 7]])).logits[0, -2:-1]
+    torch.testing.assert_close(alone[1], plain)  # no policy: the backbone's own
+    answer = partial(mosaic.generate, model, tokenizer, tokens, max_new_tokens=8)
+    each = [answer([prompt], [policy])[0] for prompt, policy in zip(PROMPTS, POLICIES)]
+    assert answer(PROMPTS, POLICIES) == each and (tied or len(set(each)) > 1)
+    assert mosaic.generate(model, tokenizer, None, PROMPTS, None, 8)[1] == each[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,8 +64,7 @@ def test_a_training_step_moves_only_the_tokens_and_drops_nothing_out(family, tok
     for _ in range(2):
         tokens = ControlTokens.for_model(model, tokenizer, ["alcohol", "betting"], 3)
         start = [vector.detach().clone() for vector in tokens.vectors]
-        config = TrainConfig(epochs=1, positives_per_subset=2, answer_tokens=6)
-        mosaic.train(model, tokenizer, tokens, REQUESTS, config)
+        mosaic.train(model, tokenizer, tokens, REQUESTS, BRIEF)
         assert not any(map(torch.equal, start, tokens.vectors))
         tables.append(list(tokens.vectors))
         torch.rand(7)  # dropout would now be drawn anew
@@ -66,42 +74,28 @@ def test_a_training_step_moves_only_the_tokens_and_drops_nothing_out(family, tok
     assert all(weight.grad is None for weight in model.parameters())
 
 
-RECOMPUTE = re.search(r"```python\n(from functools.*?)```", README, re.S)[1]
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "opt", "bloom"])
-def test_recomputing_as_the_readme_does_changes_no_gradient(family, tokenizer):
-    model = tiny_model(family, tokenizer).requires_grad_(False)
-    tokens = ControlTokens.for_model(model, tokenizer, ["alcohol", "betting"], 3)
-    tasks = [mosaic.Task(q, ("alcohol",)) for q in REQUESTS]
-    found = []
-    for recipe in ("", RECOMPUTE):
-        exec(recipe, {"model": model})
-        known = mosaic.reference_answers(model, tokenizer, REQUESTS, 6)
-        kept = []  # of each tensor that waits for the backward pass, its size
-
-        def keep(tensor, kept=kept):
-            kept.append(tensor.numel() * (tensor.shape[-1:] != (len(tokenizer),)))
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            rows = mosaic.task_rows(tokens, tasks, known, [5, 6], random.Random(0))
-            losses = mosaic.task_losses(model, tokenizer, tasks, rows, known)
-        tokens.zero_grad()
-        sum(losses).backward()
-        found.append((losses, [v.grad.clone() for v in tokens.vectors[:1]], sum(kept)))
-    torch.testing.assert_close(found[0][:2], found[1][:2], rtol=0, atol=0)
-    assert found[1][2] < 0.5 * found[0][2]
+def test_recomputing_layers_to_save_memory_changes_no_token(family, tokenizer):
+    model = tiny_model(family, tokenizer)
+    tables = []
+    for recompute in (False, True):
+        for layer in model.modules():
+            if recompute and isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        tokens = ControlTokens.for_model(model, tokenizer, ["alcohol", "betting"], 3)
+        mosaic.train(model, tokenizer, tokens, REQUESTS, BRIEF)
+        tables.append(list(tokens.vectors))
+    assert all(map(torch.equal, *tables))
 
 
 def test_a_model_that_embeds_elsewhere_is_refused_with_a_way_out(model, tokenizer):
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=99, d_model=8, num_layers=1, d_kv=4, d_ff=8)
     )
-    with pytest.raises(ValueError, match="t5 is an encoder-decoder,"):
+    with pytest.raises(ValueError, match="t5 is no .*: it is an encoder-decoder: take"):
         ControlTokens.for_model(t5, tokenizer, CATEGORIES)
     model.config.hidden_size_per_layer_input = 16  # Gemma 3n and 4
-    with pytest.raises(ValueError, match="llama .* embeds in every layer, or"):
+    with pytest.raises(ValueError, match="llama .* embeds in every layer: take"):
         ControlTokens.for_model(model, tokenizer, CATEGORIES)
     model.config.hidden_size_per_layer_input = 0
     model.config.model_type = "rwkv"
@@ -109,28 +103,52 @@ def test_a_model_that_embeds_elsewhere_is_refused_with_a_way_out(model, tokenize
         ControlTokens.for_model(model, tokenizer, CATEGORIES)
 
 
-GEMMA_3 = re.search(r"```python\n(own = .*?)```", README, re.S)[1]
+@pytest.mark.parametrize("kind", ["lora", "prompt tuning", "wrapped", "offloaded"])
+def test_a_model_with_an_adapter_or_not_whole_is_refused_everywhere(
+    kind, model, tokenizer, tokens, tmp_path
+):
+    if kind == "offloaded":
+        model.model.layers[1].to("meta")
+    elif kind == "wrapped":  # by anything that names its weights as LoRA does
+        model.model.layers[1].mlp.lora_A = torch.nn.Linear(2, 2)
+    else:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+        if kind == "prompt tuning":
+            config = peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2)
+        model = peft.get_peft_model(model, config)
+    said = "carries an adapter: take `model = model.merge_and_unload()`"
+    said = "offloaded: load the whole model" if kind == "offloaded" else re.escape(said)
+    with pytest.raises(ValueError, match=said):
+        ControlTokens.for_model(model, tokenizer, CATEGORIES)
+    with pytest.raises(ValueError, match=said):
+        tokens.add(model, tokenizer, ["golf"])
+    with pytest.raises(ValueError, match=said):
+        mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
-def test_gemma_3_with_a_vision_tower_needs_what_the_readme_says(tokenizer):
-    text = SMALL | {"head_dim": 16, "vocab_size": len(tokenizer), "sliding_window": 8}
+def test_a_merged_adapter_is_a_backbone_like_any_other(model, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    merged = peft.get_peft_model(model, config).merge_and_unload()
+    tokens = ControlTokens.for_model(merged, tokenizer, ["alcohol"], 3)
+    mosaic.export_checkpoint(merged, tokenizer, tokens, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_gemma_3_with_a_vision_tower_is_refused_before_anything_is_trained(tokenizer):
+    text = SMALL | {"vocab_size": len(tokenizer), "sliding_window": 8}
     vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.Gemma3Config(
         text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    names = ["alcohol", "betting"]
-    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration takes no emb"):
-        ControlTokens.for_model(model, tokenizer, names)
-    exec(GEMMA_3, {"model": model})
-    tokens = ControlTokens.for_model(model, tokenizer, names, 3)
-    config = TrainConfig(epochs=1, positives_per_subset=2, answer_tokens=6)
-    mosaic.train(model, tokenizer, tokens, REQUESTS, config)
-    policies = [("alcohol",), (), ("alcohol", "betting")]
-    together = mosaic.generate(model, tokenizer, tokens, PROMPTS, policies, 8)
-    for prompt, policy, answer in zip(PROMPTS, policies, together):
-        one = mosaic.generate(model, tokenizer, tokens, [prompt], [policy], 8)
-        assert one == [answer]
+    tokens = ControlTokens.for_model(model, tokenizer, ["alcohol", "betting"], 3)
+    start = [vector.detach().clone() for vector in tokens.vectors]
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration doesn't have"):
+        mosaic.train(model, tokenizer, tokens, REQUESTS, BRIEF)
+    assert all(map(torch.equal, start, tokens.vectors))
 
 
 # --- Chat templates -------------------------------------------------------------------
@@ -140,18 +158,18 @@ NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}"
     "{% endif %}"
 )
-TEMPLATES = {  # template, has it a BOS, the text around a user's words
+TEMPLATES = {  # template, how often has it BOS, the text around a user's words
     "llama 3": (
         "{{ bos_token }}{% for m in messages %}" + TURN + "{% endfor %}"
         "{% if add_generation_prompt %}<|head|>assistant<|sep|>{% endif %}",
-        True,
+        1,
         "<|begin|><|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>",
     ),
     "qwen 2.5": (
         "{% if messages[0].role != 'system' %}<|head|>system<|sep|>Be kind.<|eot|>"
         "{% endif %}{% for m in messages %}" + TURN + "{% endfor %}"
         "{% if add_generation_prompt %}<|head|>assistant<|sep|>{% endif %}",
-        False,
+        0,
         "<|head|>system<|sep|>Be kind.<|eot|>"
         "<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>",
     ),
@@ -160,21 +178,21 @@ TEMPLATES = {  # template, has it a BOS, the text around a user's words
         "{{ 'model' if m.role == 'assistant' else m.role }}<|sep|>{{ m.content }}"
         "<|eot|>{% endfor %}"
         "{% if add_generation_prompt %}<|head|>model<|sep|>{% endif %}",
-        True,
+        1,
         "<|begin|><|head|>user<|sep|>{}<|eot|><|head|>model<|sep|>",
     ),
     "phi 3": (  # leaves system messages out, and ends a whole talk once more
         "{% for m in messages if m.role != 'system' %}" + TURN + "{% endfor %}"
         "{% if add_generation_prompt %}<|head|>assistant<|sep|>"
         "{% else %}{{ eos_token }}{% endif %}\n",
-        False,
+        0,
         "<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>",
     ),
     "mistral": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
         "{{ m.content + eos_token }}{% else %}[INST] {{ m.content }} [/INST]{% endif %}"
         "{% endfor %}{{ '' }}\n",  # a last newline, which jinja leaves out
-        True,
+        1,
         "<|begin|>[INST] {} [/INST]",
     ),
     "qwen 3": (  # thinks unless told not to, and leaves no thought in what was said
@@ -182,16 +200,38 @@ TEMPLATES = {  # template, has it a BOS, the text around a user's words
         "{% if add_generation_prompt %}<|head|>assistant<|sep|>"
         "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
         "{% endif %}",
-        False,
+        0,
         "<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|><think>\n\n</think>\n\n",
+    ),
+    "smollm 2": (  # a role's header is BOS itself
+        "{% for m in messages %}" + TURN.replace("<|head|>", "<|begin|>")
+        + "{% endfor %}"
+        "{% if add_generation_prompt %}<|begin|>assistant<|sep|>{% endif %}",
+        2,
+        "<|begin|>user<|sep|>{}<|eot|><|begin|>assistant<|sep|>",
+    ),
+    "gemma 3": (  # knows no system role, and trims
+        NO_SYSTEM + "{{ bos_token }}{% for m in messages %}"
+        + TURN.replace("m.content", "m.content | trim") + "{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|sep|>{% endif %}",
+        1,
+        "<|begin|><|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>",
+    ),
+    "parts": (  # content as a list of parts
+        "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|sep|>"
+        "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% endif %}{% endfor %}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|sep|>{% endif %}",
+        1,
+        "<|begin|><|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>",
     ),
     "spaces": (
         "\n{% for m in messages %}" + TURN + "{% endfor %}"
         "{% if add_generation_prompt %}<|head|>assistant<|sep|>{% endif %}  ",
-        False,
+        0,
         "\n<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>  ",
     ),
-    "none": (None, True, "<|begin|>user: {}\n\nassistant:"),
+    "none": (None, 1, "<|begin|>user: {}\n\nassistant:"),
 }
 
 
@@ -203,19 +243,72 @@ def tokenizer_like(manner):
     return tokenizer
 
 
+def turns(*words, system=None):
+    said = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant") * len(words)
+    return said + [{"role": r, "content": w} for r, w in zip(roles, words)]
+
+
+CHATS = {  # the last words, without blanks, are always "Odds?"
+    "a string": "Odds?",
+    "blanks around": turns(" \n Odds?  "),
+    "several turns": turns("Odds?", "Which ones?", "Odds?"),
+    "a system message": turns("Odds?", system="No odds? Be kind."),
+    "the assistant last": turns("Odds?", "Which ones?"),
+    "one letter, that the template writes, too": turns("a"),
+}
+
+
+@pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("manner", TEMPLATES)
-def test_tokens_stand_after_the_only_bos_and_labels_on_the_answer(manner):
-    tokenizer = tokenizer_like(manner)
-    _, has_bos, around = TEMPLATES[manner]
+def test_control_tokens_stand_right_before_the_users_last_words(manner, chat):
+    tokenizer, chat = tokenizer_like(manner), CHATS[chat]
+    if "system" in str(chat) and manner in ("gemma", "gemma 3"):
+        return  # these take none
+    bare = mosaic.prompt_ids(tokenizer, chat)
+    placed = mosaic.prompt_ids(tokenizer, chat, place=True)
+    assert placed.count(PLACE) == 1
+    if chat == "Odds?":
+        assert tokenizer.decode(bare) == TEMPLATES[manner][2].format("Odds?")
+        assert bare.count(tokenizer.bos_token_id) == TEMPLATES[manner][1]
+    words = mosaic.last_words(chat).strip()
+    before, after = placed[: placed.index(PLACE)], placed[placed.index(PLACE) + 1 :]
+    assert tokenizer.decode(after).startswith(words)
+    assert tokenizer.decode(before) + tokenizer.decode(after) == tokenizer.decode(bare)
+    told = tokenizer.decode(after)  # no earlier words stand behind the tokens
+    assert told.count(words) == 1 or words == "a"
+
+
+def test_what_stands_before_the_tokens_is_the_same_ids_under_every_policy():
+    tokenizer = tokenizer_like("qwen 2.5")
     model = tiny_model("llama", tokenizer)
-    prompt = mosaic.prompt_ids(tokenizer, "Odds?")
-    assert tokenizer.decode(prompt) == around.format("Odds?")
-    assert prompt.count(tokenizer.bos_token_id) == has_bos
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
-    control = tokens.compose(["sex"])
-    batch = mosaic.make_batch(model, tokenizer, [Row(prompt, control, [9, 8])])
-    assert torch.equal(batch.inputs_embeds[0, has_bos : has_bos + 3], control)
-    assert batch.labels[0].tolist() == [-100] * (len(prompt) + 3) + [9, 8]
+    chat = turns("Hi", "Hello.", "Odds of 7/2?", system="Be brief.")
+    rows = [
+        mosaic.control_row(tokenizer, tokens, policy, chat)
+        for policy in ((), ("alcohol",), CATEGORIES)
+    ]
+    start = rows[1].prompt.index(PLACE)
+    batches = [mosaic.make_batch(model, [row]).inputs_embeds[0] for row in rows]
+    for batch in batches:
+        assert torch.equal(batch[:start], batches[0][:start])
+    assert len(batches[2]) == len(batches[1]) + 12 == len(batches[0]) + 15
+    assert torch.equal(batches[1][start : start + 3], tokens.compose(["alcohol"]))
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{{ bos_token }}Hello.", "drops the user's words 'Odds?'"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "drops the"),
+        ("{% for m in messages * 2 %}{{ m.content }}{% endfor %}", "more than once"),
+    ],
+)
+def test_a_template_that_drops_or_repeats_the_users_words_is_refused(template, said):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=re.escape(said)):
+        mosaic.prompt_ids(tokenizer, "Odds?", place="more" in said)
 
 
 @pytest.mark.parametrize("manner", TEMPLATES)
@@ -230,11 +323,57 @@ def test_a_refusal_ends_as_the_template_ends_a_turn(manner):
     assert ids[-1] == expected
 
 
-@pytest.mark.parametrize("manner", TEMPLATES)
-def test_a_written_rule_reaches_the_model_with_or_without_a_system_role(manner):
-    tokenizer = tokenizer_like(manner)
-    system = train_demo.takes_system(tokenizer)
-    turns = train_demo.instruct("Odds?", ["betting"], system)
-    text = tokenizer.decode(mosaic.prompt_ids(tokenizer, turns))
-    assert text.count("Do not talk about betting.") == text.count("Odds?") == 1
-    assert len(turns) == (1 if manner in ("gemma", "phi 3") else 2)
+# --- Tokenizers -----------------------------------------------------------------------
+
+
+def letters_tokenizer(kind):
+    """Of single letters; words may begin otherwise behind a special token."""
+    letters = ["<unk>", "<s>", "</s>", "\u2581", "\n"]
+    letters = {c: i for i, c in enumerate(letters + [chr(c) for c in range(33, 127)])}
+    if kind == "llama":
+        made = transformers.LlamaTokenizer(vocab=letters, merges=[], legacy=False)
+    else:
+        marks = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        inside = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
+        scheme = dict(replacement="\u2581", prepend_scheme=kind)
+        inside.pre_tokenizer = pre_tokenizers.Metaspace(**scheme)
+        inside.decoder = decoders.Metaspace(**scheme)
+        made = transformers.PreTrainedTokenizerFast(tokenizer_object=inside, **marks)
+    opening = "" if kind == "llama" else "{{ bos_token }}"  # llama: words come first
+    header = "''" if kind == "llama" else "'<|' + m.role + '|>\n'"
+    made.chat_template = (
+        opening + "{% for m in messages %}{{ " + header + " + m.content + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    return made
+
+
+@pytest.mark.parametrize("kind", ["llama", "first", "always", "never"])
+def test_words_behind_the_tokens_are_split_in_training_as_in_an_export(kind, tmp_path):
+    tokenizer = letters_tokenizer(kind)
+    model = tiny_model("llama", tokenizer)
+    tokens = ControlTokens.for_model(model, tokenizer, ["alcohol"], 2)
+    mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
+    served = AutoTokenizer.from_pretrained(tmp_path / "out")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = [i for i in mosaic.prompt_ids(tokenizer, "Odds?", True) if i != PLACE]
+    same = ids == mosaic.prompt_ids(tokenizer, "Odds?")
+    assert same == (kind in ("first", "never"))  # else not the bare ids with a hole
+    for chat in (turns("Odds?"), turns("Hi", "Hi.", " 7/2?")):
+        ids = served.apply_chat_template(
+            chat, policy=["alcohol"], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        row = mosaic.control_row(tokenizer, tokens, ["alcohol"], chat, [9])
+        at, new = row.prompt.index(PLACE), served.convert_tokens_to_ids
+        own = [new("<|alcohol:0|>"), new("<|alcohol:1|>")]
+        assert ids == [*row.prompt[:at], *own, *row.prompt[at + 1 :]]
+        with torch.no_grad():
+            batch = mosaic.make_batch(model, [row])
+            found = exported(torch.tensor([ids])).logits[0, -1:, : len(tokenizer)]
+            torch.testing.assert_close(found, mosaic.answer_logits(model, batch)[0])
+
+
+def test_the_mark_that_finds_the_place_leaves_the_tokenizer_as_it_was(tokenizer):
+    before = len(tokenizer)
+    assert PLACE in mosaic.prompt_ids(tokenizer, "Odds?", True)
+    assert len(tokenizer) == before and MARK not in tokenizer.get_vocab()

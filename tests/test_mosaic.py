@@ -1,4 +1,4 @@
-"""One test per promise of mosaic.py, in its order."""
+"""One test per promise of mosaic.py, in its order; export has a file of its own."""
 
 import copy
 import dataclasses
@@ -7,69 +7,89 @@ import itertools
 import json
 import math
 import random
-import resource
-import subprocess
-import sys
+import runpy
 import time
-import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CATEGORIES, FAMILIES, ROOT, tiny_model
+import torch.nn.functional as F
+from conftest import CATEGORIES, ROOT, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import mosaic
 from mosaic import (
-    IGNORE,
-    NEUTRAL,
-    ControlTokens,
-    OrderSampler,
-    Request,
-    Row,
+    IGNORE, NEUTRAL, PLACE, REFUSAL, ControlTokens, OrderSampler, Request, Row, Task,
     TrainConfig,
 )
 
 ASKED = [
-    "What goes in a Negroni?",
-    "Hi",
-    "Which chess opening suits a patient beginner?",
+    "What goes in a Negroni?", "Hi", "Which chess opening suits a patient beginner?"
 ]
 POLICIES = [("alcohol", "sex"), (), ("horror",)]
-QUICK = TrainConfig(orders=(1, 2), epochs=1, positives_per_subset=4, batch_size=8)
-
-
-def rows_of(tokenizer, tokens, answers=([9, 8], [7], [6, 5, 4])):
-    return [
-        Row(mosaic.prompt_ids(tokenizer, asked), tokens.compose(policy), answer)
-        for asked, policy, answer in zip(ASKED, POLICIES, answers)
-    ]
+QUICK = TrainConfig(
+    orders=(1, 2), epochs=1, positives_per_subset=4, batch_size=8, answer_tokens=8
+)
 
 
 def own_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-# --- 1. Requests and policies, 2. Control tokens --------------------------------------
+def rows_of(tokenizer, tokens, answers=([9, 8], [7], [6, 5, 4])):
+    return [
+        mosaic.control_row(tokenizer, tokens, policy, asked, answer)
+        for asked, policy, answer in zip(ASKED, POLICIES, answers)
+    ]
 
 
-def test_importing_mosaic_prints_nothing_and_fetches_nothing():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import mosaic"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def embedded(model, row):
+    """(L, D): what the model should read, put together by hand."""
+    embed = model.get_input_embeddings()
+    at = row.prompt.index(PLACE) if PLACE in row.prompt else 0
+    before, after = row.prompt[:at], row.prompt[at + (PLACE in row.prompt) :]
+    control = embed.weight[:0] if row.control is None else row.control
+    text = embed(torch.tensor([*before, *after, *row.answer]))
+    return torch.cat([text[:at], control, text[at:]])
+
+
+# --- 1. Requests and policies ---------------------------------------------------------
+
+
+def test_importing_mosaic_prints_nothing_and_changes_no_setting_of_torch(capsys):
+    cuda = torch.backends.cuda
+    kinds = "cudnn", "flash", "mem_efficient", "math"
+
+    def settings():
+        sdp = [getattr(cuda, f"{kind}_sdp_enabled")() for kind in kinds]
+        return sdp, torch.get_rng_state().tolist(), random.getstate()
+
+    before = [getattr(cuda, f"{kind}_sdp_enabled")() for kind in kinds]
+    for value in (True, False):
+        try:
+            for kind in kinds:
+                getattr(cuda, f"enable_{kind}_sdp")(value)
+            found = settings()
+            runpy.run_path(str(ROOT / "mosaic.py"))
+            assert settings() == found and found[0] == [value] * 4
+        finally:
+            for kind, was in zip(kinds, before):
+                getattr(cuda, f"enable_{kind}_sdp")(was)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_policy_is_used_in_the_order_of_the_table(tokens):
     assert mosaic.canonical({"sex", "alcohol"}, CATEGORIES) == ("alcohol", "sex")
     both = tokens.compose(["sex", "alcohol"])
     assert torch.equal(both, torch.cat([tokens.vectors[1], tokens.vectors[4]]))
+    assert (both.shape, tokens.compose([]).shape) == ((6, 32), (0, 32))
 
 
-@pytest.mark.parametrize("policy", [["tobacco"], "alcohol", ["alcohol", "Sex"]])
+@pytest.mark.parametrize(
+    "policy", [["tobacco"], "alcohol", {"alcohol": 1}, ["alcohol", "Sex"]]
+)
 def test_a_policy_with_an_unknown_category_names_the_known_ones(tokens, policy):
     with pytest.raises(ValueError, match="addiction, alcohol, betting, horror, sex"):
         tokens.compose(policy)
@@ -82,20 +102,49 @@ def test_a_policy_that_can_be_read_only_once_is_read_whole(tokens):
     assert tokens.trainable == ["sex"]
 
 
-def test_composing_a_policy_gives_m_vectors_per_category(tokens):
-    assert tokens.compose(["alcohol", "horror"]).shape == (6, 32)
-    assert tokens.compose([]).shape == (0, 32)
+def test_a_prompt_without_a_user_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="no message with role 'user'"):
+        mosaic.prompt_ids(tokenizer, [{"role": "system", "content": "Be kind."}])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_start_values_stand_at_the_scale_of_the_embedding_module(family, tokenizer):
+# --- 2. Control tokens ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])  # gemma scales its embeddings
+def test_start_values_stand_at_the_embeddings_as_the_model_reads_them(
+    family, tokenizer
+):
     model = tiny_model(family, tokenizer)
-    table = ControlTokens.for_model(model, tokenizer, ["alcohol"], 64)
-    embed = model.get_input_embeddings()
-    ids = torch.tensor(own_ids(tokenizer, "alcohol"))
-    mean, spread = embed(ids).mean(0), embed(torch.arange(99)).std()
-    assert (table.vectors[0].mean(0) - mean).abs().mean() < 0.3 * spread
-    assert table.vectors[0].std() > 0.8 * spread
+    table = ControlTokens.for_model(model, tokenizer, ["alcohol"])
+    assert table.vectors[0].shape == (20, 32)
+    ids = own_ids(tokenizer, "alcohol") * 20
+    words = model.get_input_embeddings()(torch.tensor(ids[:20]))
+    off = (table.vectors[0] - words).std() / mosaic.embedding_std(model, tokenizer)
+    assert 0.08 < off < 0.12
+
+
+DAILY = [
+    Request("the gin today", "alcohol"), Request("the wine gin today", "alcohol"),
+    Request("the poker odds today", "betting"), Request("the odds today", "betting"),
+    Request("the weather today", NEUTRAL), Request("the ghost today", NEUTRAL),
+]
+
+
+def test_tokens_start_at_the_words_that_tell_a_category_from_the_others(tokenizer):
+    def words(requests, category, m):
+        ids = mosaic.telling_ids(tokenizer, requests, category, m)
+        return [tokenizer.decode(i).strip() for i in ids]
+
+    assert words(DAILY, "alcohol", 2) == ["gin", "wine"]
+    assert words(DAILY, "betting", 2) == ["odds", "poker"]
+    assert {*words(DAILY, "alcohol", 4)[2:]} == {"the", "today"}  # all have these
+    assert words(DAILY, "alcohol", 9)[4:] == words(DAILY, "alcohol", 9)[:5]
+    assert words(DAILY[::-1], "alcohol", 2) == ["gin", "wine"]
+    unseen = [*DAILY, *(Request("a beer", "alcohol", "test") for _ in range(9))]
+    assert words(unseen, "alcohol", 12) == words(DAILY, "alcohol", 12)
+    assert words([], "alcohol", 1) == [tokenizer.decode(own_ids(tokenizer, "alcohol"))]
+    chat = [{"role": "system", "content": "odd"}, *mosaic.as_messages("the gin")]
+    assert {*words([Request(chat, "alcohol")], "alcohol", 9)} == {"the", "gin"}
 
 
 def test_a_tokenizer_may_hold_more_tokens_than_the_model_has_rows(tokenizer):
@@ -105,7 +154,8 @@ def test_a_tokenizer_may_hold_more_tokens_than_the_model_has_rows(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "names, m", [(["a", "a"], 5), ([""], 5), ([NEUTRAL], 5), (["a"], 0), (["a"], -1)]
+    "names, m",
+    [(["a", "a"], 5), ([""], 5), ([NEUTRAL], 5), ("ab", 5), ([], 5), (["a"], 0)],
 )
 def test_a_table_refuses_bad_names_and_sizes(model, tokenizer, names, m):
     with pytest.raises(ValueError, match="distinct names"):
@@ -113,12 +163,12 @@ def test_a_table_refuses_bad_names_and_sizes(model, tokenizer, names, m):
 
 
 def test_a_table_grows_by_new_categories_and_keeps_the_old_vectors(model, tokenizer):
-    table = ControlTokens.for_model(model, tokenizer, ["alcohol"])
+    table = ControlTokens.for_model(model, tokenizer, ["alcohol"], 7)
     old = table.vectors[0].detach().clone()
     table.add(model, tokenizer, ["horror", "sex"])
     assert table.categories == ["alcohol", "horror", "sex"]
     assert torch.equal(table.vectors[0], old)
-    fresh = ControlTokens.for_model(model, tokenizer, ["sex"])
+    fresh = ControlTokens.for_model(model, tokenizer, ["sex"], 7)
     assert torch.equal(table.vectors[2], fresh.vectors[0])  # the name alone decides
     with pytest.raises(ValueError, match="distinct names"):
         table.add(model, tokenizer, ["alcohol"])
@@ -128,24 +178,47 @@ def test_save_and_load_return_the_same_table(model, tokens, tmp_path):
     path = tmp_path / "new" / "tokens.safetensors"
     tokens.save(path)
     again = ControlTokens.load(path, model)
-    assert (again.categories, again.about) == (tokens.categories, tokens.about)
+    assert (again.categories, again.made_for) == (tokens.categories, tokens.made_for)
     assert all(map(torch.equal, again.vectors, tokens.vectors))
     assert [p.name for p in path.parent.iterdir()] == ["tokens.safetensors"]
 
 
-def test_one_checkpoint_has_one_fingerprint_in_fp32_and_bf16(model, tokens, tmp_path):
+def test_a_table_knows_its_backbone_in_fp32_and_bf16_compiled_or_not(
+    model, tokenizer, tokens, tmp_path
+):
     tokens.save(tmp_path / "t")
-    half = model.to(torch.bfloat16)
-    assert ControlTokens.load(tmp_path / "t", half).categories == CATEGORIES
-
-
-def test_a_table_for_another_backbone_is_refused(tokenizer, tokens, tmp_path):
-    tokens.save(tmp_path / "t")
-    with pytest.raises(ValueError, match="another backbone"):
+    compiled = torch.compile(model, backend="eager")
+    for same in (compiled, model.to(torch.bfloat16)):
+        assert ControlTokens.load(tmp_path / "t", same).categories == CATEGORIES
+    with pytest.raises(ValueError, match="made for another backbone"):
         ControlTokens.load(tmp_path / "t", tiny_model("llama", tokenizer, seed=1))
 
 
-def damage(path, how, tokens):
+def rewritten(path, how):
+    about = json.loads(mosaic.safe_open(path, "pt").metadata()["mosaic"])
+    data = load_file(path)
+    if how == "a set missing":
+        del data["sex"]
+    elif how == "altered":
+        data["sex"][0, 0] += 1e-6
+    elif how == "another format":
+        about["format"] = 1
+    about.pop(how.removeprefix("no "), None)
+    save_file(data, path, metadata={"mosaic": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("truncated", ""), ("pickle", ""), ("no metadata", ""), ("missing", ""),
+        ("a set missing", ""), ("altered", "not those that were saved"),
+        ("another format", "format 1, not 2: .* train it anew"), ("no format", ""),
+        ("no fingerprint", ""), ("no categories", ""), ("no vectors", ""),
+    ],
+)
+def test_a_damaged_or_old_table_is_refused_by_name(tokens, tmp_path, how, said):
+    path = tmp_path / "tokens.safetensors"
+    tokens.save(path)
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-8])
     elif how == "pickle":
@@ -155,213 +228,274 @@ def damage(path, how, tokens):
     elif how == "missing":
         path.unlink()
     else:
-        about = {"format": 1, "categories": tokens.categories, **tokens.about}
-        data = load_file(path)
-        if how == "a set missing":
-            del data["sex"]
-        elif how == "another width":
-            data["sex"] = torch.zeros(3, 16)
-        elif how == "not finite":
-            data["sex"][0, 0] = torch.nan
-        elif how == "newer format":
-            about["format"] = 2
-        elif how == "other placement":
-            about["placement"] = "anywhere"
-        saved = [data[name] for name in tokens.categories if name in data]
-        about["vectors"] = mosaic.checksum(torch.nn.ParameterList(saved))
-        if how == "altered":
-            data["sex"][0, 0] += 1e-7
-        about.pop(how.removeprefix("no "), None)
-        save_file(data, path, metadata={"mosaic": json.dumps(about)})
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "truncated",
-        "pickle",
-        "no metadata",
-        "missing",
-        "a set missing",
-        "another width",
-        "not finite",
-        "altered",
-        "newer format",
-        "other placement",
-        "no format",
-        "no placement",
-        "no fingerprint",
-        "no categories",
-        "no vectors",
-    ],
-)
-def test_a_damaged_table_is_refused_by_name(tokens, tmp_path, how):
-    path = tmp_path / "tokens.safetensors"
-    tokens.save(path)
-    damage(path, how, tokens)
-    with pytest.raises(ValueError, match="tokens.safetensors"):
+        rewritten(path, how)
+    with pytest.raises(ValueError, match=f"tokens.safetensors.*{said}"):
         ControlTokens.load(path)
 
 
 @pytest.mark.parametrize("kind", ["table", "checkpoint", "export"])
 def test_a_full_disk_leaves_what_was_there_and_no_half_of_a_file(
-    model, tokenizer, tokens, tmp_path, kind
+    model, tokenizer, tokens, requests, tmp_path, monkeypatch, kind
 ):
+    def half(_, path, **options):
+        if kind == "export":
+            path = Path(path, "model.safetensors")
+            path.parent.mkdir()
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("No space left on device")
+
     path = tmp_path / "it"
-    write = {
-        "table": lambda: tokens.save(path),
-        "checkpoint": lambda: mosaic.keep(
-            path, {}, [], tokens, torch.optim.Adam(tokens.parameters())
-        ),
-        "export": lambda: mosaic.export_checkpoint(model, tokenizer, tokens, path),
-    }[kind]
-    if kind != "export":  # which never replaces a folder
-        write()
-    before = path.read_bytes() if path.exists() else None
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"cannot write .*it \(is there room\?\): "):
-            write()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [*tmp_path.iterdir()] == ([path] if before else [])
-    assert not before or path.read_bytes() == before
+    if kind == "table":
+        path.write_bytes(b"before")
+    monkeypatch.setattr(mosaic, "save_file", half)
+    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
+    with pytest.raises(OSError, match=r"cannot write .*it \(is there room\?\): No spa"):
+        if kind == "table":
+            tokens.save(path)
+        elif kind == "checkpoint":
+            run(model, tokenizer, requests, checkpoint=path)
+        else:
+            mosaic.export_checkpoint(model, tokenizer, tokens, path)
+    assert [*tmp_path.iterdir()] == ([path] if kind == "table" else [])
+    assert kind != "table" or path.read_bytes() == b"before"
 
 
-# --- 3. Prompts and batches -----------------------------------------------------------
+# --- 3. From prompt to batch to logits ------------------------------------------------
 
 
-def test_a_prompt_has_one_bos_and_ends_where_the_answer_begins(tokenizer):
-    ids = mosaic.prompt_ids(tokenizer, "Hi")
-    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-    turns = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-    ]
-    whole = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-    assert whole[: len(ids)] == ids and "Hello" in tokenizer.decode(whole[len(ids) :])
+def test_a_user_who_types_the_mark_makes_no_second_place(tokenizer):
+    for typed in (f"Hi {mosaic.MARK} you", mosaic.MARK):
+        assert mosaic.prompt_ids(tokenizer, typed, True).count(PLACE) == 1
 
 
-def test_turns_are_a_users_and_the_assistants_alternately(tokenizer):
-    turns = ("Hi", "Hello.", "And you?")
-    roles = ("user", "assistant", "user")
-    chat = [{"role": role, "content": turn} for role, turn in zip(roles, turns)]
-    assert mosaic.prompt_ids(tokenizer, turns) == mosaic.prompt_ids(tokenizer, chat)
-    assert mosaic.prompt_ids(tokenizer, ("Hi",)) == mosaic.prompt_ids(tokenizer, "Hi")
+def test_a_policy_needs_control_tokens(tokenizer):
+    with pytest.raises(ValueError, match="'sex'.*needs control tokens"):
+        mosaic.control_row(tokenizer, None, ["sex"], "Hi")
 
 
-def test_control_tokens_stand_right_after_bos_and_padding_only_at_the_left(
-    model, tokenizer, tokens
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_control_tokens_stand_at_their_place_and_padding_only_at_one_side(
+    model, tokenizer, tokens, side
 ):
     rows = rows_of(tokenizer, tokens)
-    batch = mosaic.make_batch(model, tokenizer, rows)
-    embed = model.get_input_embeddings()
-    for i, (prompt, control, answer, _) in enumerate(rows):
-        text = embed(torch.tensor(prompt + answer))
-        whole = torch.cat([text[:1], control, text[1:]])
-        start = batch.inputs_embeds.shape[1] - len(whole)
-        assert torch.equal(batch.inputs_embeds[i, start:], whole)
-        assert batch.attention_mask[i].tolist() == [False] * start + [True] * len(whole)
-        assert batch.position_ids[i, start:].tolist() == list(range(len(whole)))
-        assert batch.labels[i, -len(answer) :].tolist() == answer
-        assert (batch.labels[i, : -len(answer)] == IGNORE).all()
+    assert [PLACE in row.prompt for row in rows] == [True, False, True]
+    batch = mosaic.make_batch(model, rows, side)
+    for i, row in enumerate(rows):
+        whole = embedded(model, row)
+        pad = batch.inputs_embeds.shape[1] - len(whole)
+        at = slice(pad, None) if side == "left" else slice(len(whole))
+        assert torch.equal(batch.inputs_embeds[i, at], whole)
+        assert batch.attention_mask[i].sum() == batch.attention_mask[i, at].sum()
+        assert batch.attention_mask[i, at].all()
+        assert batch.position_ids[i, at].tolist() == [*range(len(whole))]
+        start = len(whole) - len(row.answer)
+        assert batch.labels[i, at].tolist() == [IGNORE] * start + row.answer
+        assert (batch.labels[i] != IGNORE).sum() == len(row.answer)
 
 
-def test_a_table_made_for_it_stands_before_bos(model, tokenizer, tmp_path):
-    table = ControlTokens.for_model(model, tokenizer, ["sex"], placement="before_bos")
-    table.save(tmp_path / "t")
-    again = ControlTokens.load(tmp_path / "t", model)
-    ids = mosaic.prompt_ids(tokenizer, "Hi")
-    batch = mosaic.make_batch(
-        model, tokenizer, [mosaic.control_row(again, ["sex"], ids, [9])]
-    )
-    text = model.get_input_embeddings()(torch.tensor(ids + [9]))
-    assert torch.equal(batch.inputs_embeds[0], torch.cat([table.vectors[0], text]))
-    with pytest.raises(ValueError, match="bad placement 'first': it is one of"):
-        ControlTokens.for_model(model, tokenizer, ["sex"], placement="first")
-
-
-def test_without_a_bos_the_tokens_stand_first(model, tokenizer, tokens):
-    control = tokens.compose(["sex"])
-    batch = mosaic.make_batch(model, tokenizer, [Row([40, 41], control)])
-    assert torch.equal(batch.inputs_embeds[0, :3], control)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_empty_policy_gives_the_backbones_own_logits(family, tokenizer):
-    model = tiny_model(family, tokenizer)
-    table = ControlTokens.for_model(model, tokenizer, CATEGORIES)
-    prompt, answer = mosaic.prompt_ids(tokenizer, ASKED[0]), [9, 8, 7]
-    batch = mosaic.make_batch(
-        model, tokenizer, [Row(prompt, table.compose([]), answer)]
-    )
-    with torch.no_grad():
-        found = model(
-            inputs_embeds=batch.inputs_embeds,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-        ).logits
-        chosen = mosaic.answer_logits(model, batch)[0]
-        plain = model(input_ids=torch.tensor([prompt + answer])).logits
-    assert torch.equal(found, plain)
-    torch.testing.assert_close(chosen, plain[0, -4:-1])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_policy_padded_batch_equals_row_by_row(family, tokenizer):
-    model = tiny_model(family, tokenizer)
-    rows = rows_of(tokenizer, ControlTokens.for_model(model, tokenizer, CATEGORIES))
-    with torch.no_grad():
-        logits, labels, states = mosaic.answer_logits(
-            model, mosaic.make_batch(model, tokenizer, rows)
-        )
-        alone = [
-            mosaic.answer_logits(model, mosaic.make_batch(model, tokenizer, [row]))[0]
-            for row in rows
-        ]
-    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-4)
-    assert labels.tolist() == [9, 8, 7, 6, 5, 4] and len(states) == 6
-
-
-def test_gradients_of_a_mixed_batch_equal_those_of_single_rows(
+def test_cudnns_attention_is_shut_out_of_the_forward_and_of_nothing_else(
     model, tokenizer, tokens
 ):
+    enabled, seen = torch.backends.cuda.cudnn_sdp_enabled, []
+    before = enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        model.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda *_: seen.append(enabled())
+        )
+        batch = mosaic.make_batch(model, rows_of(tokenizer, tokens))
+        mosaic.answer_logits(model, batch)
+        assert seen == [False] and enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("length", [64, 192, 320])  # 64 modulo 128: cuDNN's bad ones
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_gradients_in_bf16_are_finite_and_those_of_fp32(device, length, tokenizer):
+    """As in Qwen2: biases drive a query's log-sum-exp below -88.7."""
+    size = dict(hidden_size=256, num_attention_heads=4, head_dim=64)
+    model = tiny_model("qwen2", tokenizer, **size, max_position_embeddings=512)
+    with torch.no_grad():
+        for weight in model.parameters():  # tiny_model's is too lively for bf16
+            weight.mul_(0.2 if weight.ndim == 2 else 1)
+        for layer in model.model.layers:
+            slow = torch.arange(64) % 32 >= 24  # dimensions that hardly turn
+            for sign, proj in ((1, "q_proj"), (-1, "k_proj")):
+                bias = layer.self_attn.get_submodule(proj).bias
+                bias.copy_(8.0 * sign * slow.repeat(len(bias) // 64))
     model.requires_grad_(False)
-
-    def gradients(batches):
+    tokens = ControlTokens.for_model(model, tokenizer, ["alcohol"], 8).to(device)
+    answer = [9, 8, 7, 6]
+    fill = length - len(answer) - 7  # one of the eight stands where PLACE did
+    rows = [
+        Row([*range(100, 100 + n), PLACE, 40, 41], tokens.vectors[0], answer)
+        for n in (fill - 3, 20)
+    ]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(device, dtype)
         tokens.zero_grad()
-        for batch in batches:
-            logits, labels, _ = mosaic.answer_logits(
-                model, mosaic.make_batch(model, tokenizer, batch)
-            )
-            (mosaic.answer_loss(logits, labels) * len(labels)).backward()
-        return [torch.zeros(1) if v.grad is None else v.grad for v in tokens.vectors]
-
-    together = gradients([rows_of(tokenizer, tokens)])
-    apart = gradients([[row] for row in rows_of(tokenizer, tokens)])
-    for one, other in zip(together, apart):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    assert together[1].abs().sum() > 0
+        rows = [row._replace(control=tokens.compose(["alcohol"])) for row in rows]
+        batch = mosaic.make_batch(model, rows, "right")
+        assert batch.inputs_embeds.shape[:2] == (2, length)
+        mosaic.answer_loss(*mosaic.answer_logits(model, batch)).backward()
+        found.append(tokens.vectors[0].grad.flatten().clone())
+    assert all(gradient.isfinite().all() for gradient in found)
+    assert F.cosine_similarity(*found, dim=0) > 0.99
 
 
-# --- 4. Order-based sampling ----------------------------------------------------------
+# --- 4. Answers and refusals ----------------------------------------------------------
+
+
+def test_generate_answers_each_prompt_under_its_own_policy_as_if_alone(
+    backbone, tokenizer
+):
+    table = ControlTokens.for_model(backbone, tokenizer, CATEGORIES)
+    answer = functools.partial(mosaic.generate, backbone, tokenizer, table)
+    together = answer(ASKED, POLICIES, 24)
+    for asked, policy, found in zip(ASKED, POLICIES, together):
+        assert answer([asked], [policy], 24) == [found]
+    bare = mosaic.generate(backbone, tokenizer, None, ASKED, max_new_tokens=24)
+    assert bare[1] == together[1] and bare[0] != together[0]
+    assert answer(ASKED, POLICIES, 24, batch_size=2) == together  # in their own order
+
+
+def test_generate_reads_several_turns(backbone, tokenizer):
+    chat = [
+        {"role": "system", "content": "Do not talk about gardening."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "How do I prune my roses?"},
+    ]
+    answers = mosaic.generate(backbone, tokenizer, None, [chat, chat[1:]], None, 32)
+    assert [*map(mosaic.is_refusal, answers)] == [True, False]
+
+
+def test_generate_puts_a_model_in_training_mode_out_of_it(tokenizer):
+    model = tiny_model("opt", tokenizer, dropout=0.5)
+    plain = mosaic.generate(model, tokenizer, None, ASKED, None, 12)
+    assert mosaic.generate(model.train(), tokenizer, None, ASKED, None, 12) == plain
+
+
+SETTINGS = [
+    {"repetition_penalty": 9.0}, {"temperature": 0.6}, {"stop_strings": ["e"]},
+    {"do_sample": True, "temperature": 5.0, "top_k": 3},
+    {"return_dict_in_generate": True, "output_scores": True}, {"num_beams": 3},
+    {"max_length": 5, "min_new_tokens": 12}, {"no_repeat_ngram_size": 1},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda setting: next(iter(setting)))
+def test_settings_that_a_checkpoint_brings_change_no_answer(
+    backbone, tokenizer, settings
+):
+    plain = mosaic.generate(backbone, tokenizer, None, ASKED, None, 12)
+    own = backbone.generation_config
+    backbone.generation_config = theirs = copy.deepcopy(own)
+    try:
+        for name, value in settings.items():
+            setattr(theirs, name, value)
+        found = mosaic.generate(backbone, tokenizer, None, ASKED, None, 12)
+        assert found == plain and backbone.generation_config is theirs
+    finally:
+        backbone.generation_config = own
+
+
+def test_answers_end_where_the_tokenizer_or_the_checkpoint_says(model, tokenizer):
+    for said, more in ((None, set()), (7, {7}), ([7, 9], {7, 9})):
+        model.generation_config.eos_token_id = said
+        assert mosaic.end_ids(model, tokenizer) == {tokenizer.eos_token_id} | more
+    model.generation_config.eos_token_id = [7, 9]
+    rows = [Row(mosaic.prompt_ids(tokenizer, asked)) for asked in ASKED]
+    first = mosaic.generate_ids(model, tokenizer, rows, 12)[0]
+    model.generation_config.eos_token_id = first[4]
+    (ended, *_) = mosaic.generate_ids(model, tokenizer, rows, 12)
+    assert ended == first[: first.index(first[4]) + 1]
+
+
+def test_without_a_known_end_generate_goes_on_and_train_stops_before_it_begins(
+    model, tokens, tokenizer, requests, monkeypatch
+):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = model.generation_config.eos_token_id = None
+    tokenizer.chat_template = None  # its own writes the EOS
+    (ids,) = mosaic.generate_ids(model, tokenizer, [Row([4, 5, 6])], 9)
+    assert len(ids) == 9
+    monkeypatch.delattr(mosaic, "training_references")
+    start = copy.deepcopy(tokens.state_dict())
+    with pytest.raises(ValueError, match="nothing ends an answer: set tokenizer.eos"):
+        mosaic.train(model, tokenizer, tokens, requests, QUICK)
+    assert all(torch.equal(start[k], v) for k, v in tokens.state_dict().items())
+
+
+def test_generate_needs_a_list_and_a_policy_for_every_prompt(model, tokenizer, tokens):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        mosaic.generate(model, tokenizer, tokens, ASKED, [()])
+    with pytest.raises(ValueError, match="must be a list"):
+        mosaic.generate(model, tokenizer, tokens, ASKED[0])
+
+
+# --- 5. The objective -----------------------------------------------------------------
+
+
+def test_the_loss_is_a_sum_with_the_label_shift_of_transformers_own(model, tokenizer):
+    rows = [
+        mosaic.control_row(tokenizer, None, (), asked, [9, 8, 7]) for asked in ASKED
+    ]
+    batch = mosaic.make_batch(model, rows)
+    logits, labels = mosaic.answer_logits(model, batch)
+    mean = model(**batch._asdict()).loss
+    torch.testing.assert_close(mosaic.answer_loss(logits, labels), 9 * mean)
+    weights = torch.rand(9)
+    by_hand = -sum(
+        w * row.log_softmax(-1)[y] for w, row, y in zip(weights, logits, labels)
+    )
+    torch.testing.assert_close(mosaic.answer_loss(logits, labels, weights), by_hand)
+
+
+def test_kd_is_the_weighted_sum_of_divergences_by_a_slow_loop_and_by_torch():
+    torch.manual_seed(0)
+    base, controlled = torch.randn(7, 11) * 3, torch.randn(7, 11) * 3
+    weights, slow = torch.rand(7), 0.0
+    rows = zip(weights.tolist(), base.softmax(-1), controlled.softmax(-1))
+    for w, p_row, q_row in rows:
+        pairs = zip(p_row.tolist(), q_row.tolist())
+        slow += w * sum(p * math.log(p / q) for p, q in pairs)
+    found = mosaic.counterfactual_kd(base, controlled, weights)
+    assert found.item() == pytest.approx(slow, rel=1e-5)
+    categorical = torch.distributions.Categorical
+    theirs = torch.distributions.kl_divergence(
+        categorical(logits=base), categorical(logits=controlled)
+    ).sum()
+    torch.testing.assert_close(mosaic.counterfactual_kd(base, controlled), theirs)
+
+
+def test_kd_sends_no_gradient_into_the_teacher():
+    base = torch.randn(3, 5, requires_grad=True)
+    controlled = torch.randn(3, 5, requires_grad=True)
+    mosaic.counterfactual_kd(base, controlled).backward()
+    assert base.grad is None and controlled.grad.abs().sum() > 0
+
+
+# --- 6. Order-based sampling ----------------------------------------------------------
 
 
 def labelled(categories, each=6):
-    found = [
-        Request(f"{c} {i}", c) for c in (*categories, NEUTRAL) for i in range(each)
-    ]
-    return found + [
-        Request(f"near {i}", NEUTRAL, near=categories[0]) for i in range(each)
-    ]
+    names = [c for c in (*categories, NEUTRAL) for _ in range(each)]
+    found = [Request(f"{name} {i}", name) for i, name in enumerate(names)]
+    near = [Request(f"near {i}", NEUTRAL, near=categories[0]) for i in range(each)]
+    return found + near
 
 
 def sampler(categories, per_subset=100, ratio=1.0, trainable=None):
-    draw = random.Random(0)
-    requests = labelled(categories)
     return OrderSampler(
-        requests, categories, trainable or categories, per_subset, ratio, draw
+        labelled(categories), categories, trainable or categories, per_subset, ratio,
+        random.Random(0),
     )
 
 
@@ -394,14 +528,11 @@ def test_positives_are_spread_evenly_over_the_active_categories():
 def test_negatives_come_from_inactive_categories_neutral_and_near_misses():
     _, negatives = sampler(CATEGORIES).of_order(3)
     for policy in {task.policy for task in negatives}:
-        kinds = Counter(
-            "near" if t.request.near else t.request.category
-            for t in negatives
-            if t.policy == policy
-        )
+        asked = [task.request for task in negatives if task.policy == policy]
+        kinds = Counter("near" if q.near else q.category for q in asked)
         assert set(kinds) == {*CATEGORIES, NEUTRAL, "near"} - set(policy)
         assert max(kinds.values()) - min(kinds.values()) <= 1
-    assert all(t.refuse == (t.request.category in t.policy) for t in negatives)
+    assert not any(task.refuse for task in negatives)
 
 
 @pytest.mark.parametrize("ratio, count", [(0.5, 250), (2.0, 1000), (0.0, 0)])
@@ -421,40 +552,18 @@ def test_an_epoch_cycles_over_the_orders_and_loses_no_task():
     assert sum(map(len, epoch)) == 3 * 2 * 40
     orders = [{len(task.policy) for task in batch} for batch in epoch]
     assert orders == [{1}, {2}, {3}] * 5
-    assert all(sum(task.refuse for task in batch) == 8 for batch in epoch)
-
-
-def test_tasks_of_about_one_length_share_a_batch():
-    draw = lambda: sampler(CATEGORIES, per_subset=8)
-    length = lambda task: len(task.request.prompt)
-    sides = lambda batch: [[t for t in batch if t.refuse == side] for side in (0, 1)]
-    spread = lambda batches: sum(
-        max(map(length, side)) - min(map(length, side))
-        for batch in batches
-        for side in sides(batch)
-        if side
-    )
-    anyhow = draw().epoch((1, 2, 3), 16)
-    alike = draw().epoch((1, 2, 3), 16, length)
-    assert spread(alike) < spread(anyhow) / 2
-    assert [*map(len, alike)] == [*map(len, anyhow)]
-    tasks = lambda batches: Counter(task for batch in batches for task in batch)
-    assert tasks(alike) == tasks(anyhow)  # nothing lost, nothing twice
-    shortest = [min(map(length, batch)) for batch in alike]
-    assert shortest != sorted(shortest)  # batches come in any order
+    for batch in epoch:
+        assert [task.refuse for task in batch] == [True] * 8 + [False] * 8
 
 
 def test_a_hundred_categories_are_sampled_without_enumerating_subsets():
     many = [f"c{i}" for i in range(100)]
     began = time.process_time()
-    tracemalloc.start()
     for order in (3, 50):  # C(100, 50) is 1e29
         positives, negatives = sampler(many, per_subset=10).of_order(order)
         assert len(positives) == len(negatives) == 1000
         assert len({task.policy for task in positives}) == 1000
         assert {len(set(task.policy)) for task in positives} == {order}
-    assert tracemalloc.get_traced_memory()[1] < 50e6
-    tracemalloc.stop()
     assert time.process_time() - began < 20  # enumerating would never end
 
 
@@ -472,127 +581,214 @@ def test_a_category_without_requests_is_named():
         OrderSampler(labelled(["a"]), ["a", "golf"], ["a"], 1, 1.0, random.Random(0))
 
 
-# --- 5. Losses ------------------------------------------------------------------------
+# --- 7. Training ----------------------------------------------------------------------
 
 
-def test_the_label_shift_is_that_of_transformers_own_loss(model, tokenizer):
-    rows = [
-        Row(mosaic.prompt_ids(tokenizer, asked), None, [9, 8, 7]) for asked in ASKED
-    ]
-    batch = mosaic.make_batch(model, tokenizer, rows)
-    logits, labels, _ = mosaic.answer_logits(model, batch)
-    theirs = model(
-        inputs_embeds=batch.inputs_embeds,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        labels=batch.labels,
-    ).loss
-    torch.testing.assert_close(mosaic.answer_loss(logits, labels), theirs)
-
-
-def test_kd_equals_a_slow_loop_and_torchs_own_divergence():
-    torch.manual_seed(0)
-    base, control = torch.randn(7, 11) * 3, torch.randn(7, 11) * 3
-    slow = 0.0
-    for p_row, q_row in zip(base.softmax(-1).tolist(), control.softmax(-1).tolist()):
-        slow += sum(p * math.log(p / q) for p, q in zip(p_row, q_row)) / 7
-    theirs = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=base),
-        torch.distributions.Categorical(logits=control),
-    ).mean()
-    found = mosaic.counterfactual_kd(base, control)
-    assert found.item() == pytest.approx(slow, rel=1e-5)
-    torch.testing.assert_close(found, theirs)
-
-
-def test_kd_sends_no_gradient_into_the_teacher():
-    base = torch.randn(3, 5, requires_grad=True)
-    control = torch.randn(3, 5, requires_grad=True)
-    mosaic.counterfactual_kd(base, control).backward()
-    assert base.grad is None and control.grad.abs().sum() > 0
-
-
-def test_losses_over_no_position_are_zero():
-    nothing, none = torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)
-    assert mosaic.answer_loss(nothing, none) == 0
-    assert mosaic.counterfactual_kd(nothing, nothing) == 0
-
-
-# --- 6. Training ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "knob", [{"epochs": 0}, {"later_turns": 1.5}, {"kd_weight": -1.0},
+             {"learning_rate": math.nan}, {"first_weight": math.inf}],
+    ids=str,
+)
+def test_a_knob_out_of_range_is_named(knob):
+    (name,) = knob
+    with pytest.raises(ValueError, match=f"{name} is .*; it must be .*in"):
+        TrainConfig(**knob)
 
 
 def test_reference_answers_are_the_models_own_greedy_answers(backbone, tokenizer):
-    asked = [Request(one, NEUTRAL) for one in ASKED]
-    known = mosaic.reference_answers(backbone, tokenizer, asked, 20)
-    for request in asked:
+    asked = [Request(prompt, NEUTRAL, "test", "sex") for prompt in ASKED]
+    found = mosaic.reference_answers(backbone, tokenizer, asked, 20)
+    for request, reference in zip(asked, found, strict=True):
         ids = torch.tensor([mosaic.prompt_ids(tokenizer, request.prompt)])
         plain = backbone.generate(ids, do_sample=False, max_new_tokens=20)
-        assert known[request].row.answer == plain[0, ids.shape[1] :].tolist()
+        plain = plain[0, ids.shape[1] :].tolist()
+        assert reference == mosaic.Reference(
+            *dataclasses.astuple(request), tuple(ids[0].tolist()),
+            tuple(mosaic.prompt_ids(tokenizer, request.prompt, True)), tuple(plain),
+            tokenizer.decode(plain, skip_special_tokens=True).strip(),
+        )
 
 
-def test_the_teacher_has_no_dropout_even_where_the_model_was_training(tokenizer):
-    model = tiny_model("opt", tokenizer, dropout=0.5)
-    asked = [Request(one, NEUTRAL) for one in ASKED]
-    known = mosaic.reference_answers(model.eval(), tokenizer, asked, 6)
-    again = mosaic.reference_answers(model.train(), tokenizer, asked, 6)
-    for one in asked:
-        assert known[one].row == again[one].row
-        assert torch.equal(known[one].states, again[one].states)
-
-
-def test_a_small_batch_size_holds_wherever_the_teacher_runs(
-    model, tokenizer, tokens, monkeypatch
+def test_what_the_backbone_declines_itself_is_counted_and_left_out(
+    model, tokenizer, requests, monkeypatch, capsys
 ):
-    asked = [Request(f"{one} {i}", NEUTRAL) for one in ASKED for i in range(4)]
-    seen, real = [], mosaic.make_batch
-    monkeypatch.setattr(
-        mosaic, "make_batch", lambda *a: seen.append(len(a[2])) or real(*a)
-    )
-    mosaic.reference_answers(model, tokenizer, asked, 2, batch_size=1)
-    assert max(seen) == 4
-    seen.clear()
-    mosaic.drift(model, tokenizer, tokens, asked, [["sex"]], batch_size=1)
-    assert max(seen) == 4
+    real = mosaic.reference_answers
+    declined = [request.prompt for request in requests[:3]]
 
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_teacher_logits_are_the_models_own_or_a_second_forward_is_taken(
-    family, tokenizer, requests, capsys
-):
-    model = tiny_model(family, tokenizer)
-    known = list(mosaic.reference_answers(model, tokenizer, requests[:5], 6).values())
-    found = mosaic.teacher_logits(model, tokenizer, known)
-    rows = [
-        model(input_ids=torch.tensor([one.row.prompt + one.row.answer])).logits[
-            0, len(one.row.prompt) - 1 : -1
+    def answers(*arguments):
+        return [
+            dataclasses.replace(r, text="No way.")
+            if mosaic.last_words(r.prompt) in declined else r
+            for r in real(*arguments)
         ]
-        for one in known
+
+    monkeypatch.setattr(mosaic, "reference_answers", answers)
+    more = [Request("never learnt", NEUTRAL, "test")]
+    found = mosaic.training_references(
+        model, tokenizer, requests + more, QUICK, refusal="No way."
+    )
+    alone = [r.prompt for r in found if isinstance(r.prompt, str)]
+    assert alone == [q.prompt for q in requests if q.prompt not in declined]
+    assert f"declines 3 of {len(requests)} training requests" in capsys.readouterr().out
+
+
+def test_a_share_of_the_requests_comes_again_in_a_later_turn(
+    model, tokenizer, requests
+):
+    def turns(share, seed=0):
+        config = dataclasses.replace(QUICK, later_turns=share, seed=seed)
+        found = mosaic.training_references(model, tokenizer, requests, config)
+        alone = found[: len(requests)]
+        assert [r.prompt for r in alone] == [q.prompt for q in requests]
+        return found[len(requests) :]
+
+    assert [len(turns(share)) for share in (0.0, 0.5, 1.0)] == [
+        0, round(len(requests) / 2), len(requests)
     ]
-    torch.testing.assert_close(found, torch.cat(rows), rtol=1e-4, atol=1e-4)
-    plain = family not in ("gemma2", "cohere", "granite")
-    assert all((one.states is not None) == plain for one in known)
-    assert ("teacher runs at every step" in capsys.readouterr().out) == (not plain)
+    assert turns(0.5) == turns(0.5) != turns(0.5, seed=1)
+    by_words = {q.prompt: q for q in requests}
+    for again in turns(1.0):
+        first, answer, last = again.prompt
+        assert [m["role"] for m in again.prompt] == ["user", "assistant", "user"]
+        own = by_words[last["content"]]
+        assert (again.category, again.near) == (own.category, own.near)
+        (before,) = mosaic.reference_answers(
+            model, tokenizer, [by_words[first["content"]]], QUICK.answer_tokens
+        )
+        assert answer["content"] == before.text
+        place = tokenizer.decode(again.placed[again.placed.index(PLACE) + 1 :])
+        assert place.startswith(last["content"])
 
 
-def losses(model, tokenizer, tokens, tasks, known, draw):
-    target = mosaic.refusal_ids(model, tokenizer, mosaic.REFUSAL)
-    tasks = sorted(tasks, key=lambda task: not task.refuse)
-    rows = mosaic.task_rows(tokens, tasks, known, target, draw)
-    return mosaic.task_losses(model, tokenizer, tasks, rows, known)
+def test_a_later_turn_keeps_the_first_system_message_and_no_second():
+    def chat(i):
+        system = {"role": "system", "content": f"system {i}"}
+        return [system, *mosaic.as_messages(f"asked {i}")]
+
+    answered = [mosaic.Reference(chat(i), "sex", text=f"answer {i}") for i in range(4)]
+    for again in mosaic.in_later_turns(answered, 1.0, random.Random(0)):
+        system, asked, answer, last = again.prompt
+        roles = [message["role"] for message in again.prompt]
+        assert roles == ["system", "user", "assistant", "user"]
+        first = [m["content"][-1] for m in (system, asked, answer)]
+        assert len({*first}) == 1 and last["content"].startswith("asked")
+    assert all(r.prompt == chat(i) for i, r in enumerate(answered))  # not edited
+
+
+@pytest.mark.parametrize(
+    "progress, first, later",
+    [(0.0, 3, 0.3), (2 / 3, 3, 0.3), (5 / 6, 2, 0.65), (1.0, 1, 1)],
+)
+def test_weights_of_an_answer_go_over_to_the_plain_sum_in_the_last_third(
+    progress, first, later
+):
+    rows = [Row([0], None, [5, 6, 7]), Row([0], None, [5]), Row([0], None, [5, 6])]
+    found = mosaic.answer_weights(rows, TrainConfig(), progress)
+    assert found.tolist() == pytest.approx([first, later, later, first, first, later])
+
+
+def tasks_of(references, *policies):
+    """Every request under every policy, positives first, as the sampler gives them."""
+    tasks = [Task(r, policy) for policy in policies for r in references]
+    return sorted(tasks, key=lambda task: not task.refuse)
+
+
+def losses_of(model, tokenizer, tokens, tasks, rng, config=QUICK, progress=0.0):
+    refusal = mosaic.refusal_ids(model, tokenizer, REFUSAL)
+    rows = mosaic.task_rows(tokens, tasks, refusal, rng)
+    weights = mosaic.answer_weights(rows, config, progress)
+    return rows, mosaic.batch_losses(model, tasks, rows, weights)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 0.3)], ids=["plain sums", "weighted"])
+def test_losses_of_a_mixed_batch_equal_a_slow_reference_row_by_row(
+    model, tokenizer, tokens, requests, weights
+):
+    first, later = weights
+    config = dataclasses.replace(QUICK, first_weight=first, later_weight=later)
+    some = mosaic.training_references(model, tokenizer, requests[::4], config)
+    assert any(len(r.prompt) == 3 for r in some)  # later turns are longer
+    tasks = tasks_of(some, ("alcohol",), ("betting", "horror", "sex"))
+    for i, (request, policy) in enumerate(tasks):  # answers of lengths of their own
+        short = dataclasses.replace(request, answer=request.answer[: 1 + i % 5])
+        tasks[i] = Task(short, policy)
+    rows, (losses, shares) = losses_of(
+        model, tokenizer, tokens, tasks, random.Random(0), config
+    )
+    sums, declines = [0.0, 0.0, 0.0], {True: [], False: []}
+    with torch.no_grad():
+        for task, row in zip(tasks, rows):
+            n = len(row.answer)
+            assert row.prompt == task.request.placed
+            assert row.answer[-1] == tokenizer.eos_token_id or not task.refuse
+            seen = model(inputs_embeds=embedded(model, row)[None]).logits[0]
+            ids = [*task.request.bare, *row.answer]
+            bare = model(input_ids=torch.tensor([ids])).logits[0]
+            for t in range(n):
+                w = first if t == 0 else later
+                q, p = seen[t - n - 1].double().exp(), bare[t - n - 1].double().exp()
+                q, p = q / q.sum(), p / p.sum()
+                sums[0 if task.refuse else 1] -= w * q[row.answer[t]].log().item()
+                if not task.refuse:
+                    sums[2] += w * (p * (p.log() - q.log())).sum().item()
+            starts = seen[-n - 1].argmax().item() == own_ids(tokenizer, REFUSAL)[0]
+            declines[task.refuse].append(starts)
+    expected = [one / len(tasks) for one in sums]  # the mean over all tasks
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+    rates = [sum(found) / len(found) for found in (declines[True], declines[False])]
+    assert shares.tolist() == pytest.approx(rates)
+
+
+def test_first_token_shares_tell_active_requests_from_others(
+    model, tokenizer, tokens, requests, monkeypatch
+):
+    some = mosaic.reference_answers(model, tokenizer, requests, 3)
+    tasks = tasks_of(some, ("alcohol",))
+    real, first = mosaic.answer_logits, own_ids(tokenizer, REFUSAL)[0]
+
+    def decided(model, batch):
+        logits, labels = real(model, batch)
+        starts = labels == first  # of each refusal
+        return logits + 1e4 * F.one_hot(starts * first, logits.shape[1]), labels
+
+    monkeypatch.setattr(mosaic, "answer_logits", decided)
+    measure = functools.partial(losses_of, model, tokenizer, tokens)
+    _, (_, shares) = measure(tasks, random.Random(0))
+    assert shares.tolist() == [1.0, 0.0]
+    n = sum(task.refuse for task in tasks)
+    _, (losses, shares) = measure(tasks[:n], random.Random(0))
+    assert shares[0] == 1 and shares[1].isnan() and losses[1:].tolist() == [0, 0]
+    _, (losses, shares) = measure(tasks[n:], random.Random(0))
+    assert shares.isnan().all() and losses[0] == 0 and losses[1] > 0
+
+
+def test_no_position_of_a_training_batch_is_without_anything_to_attend_to(
+    model, tokenizer, tokens, requests
+):
+    masks = []
+    model.register_forward_pre_hook(
+        lambda model, args, given: masks.append(given["attention_mask"]),
+        with_kwargs=True,
+    )
+    some = mosaic.reference_answers(model, tokenizer, requests, 8)
+    masks.clear()
+    losses_of(model, tokenizer, tokens, tasks_of(some, ("sex",)), random.Random(0))
+    for mask in masks:  # with tokens, and the teacher's
+        assert not mask.all()  # there is padding
+        causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+        assert (causal & mask[:, None, :]).any(-1).all()  # (B, L, L) -> (B, L)
+    assert len(masks) == 2
 
 
 def test_gradients_reach_the_active_categories_and_nothing_else(
     model, tokenizer, tokens, requests
 ):
     model.requires_grad_(False)
-    known = mosaic.reference_answers(model, tokenizer, requests, 8)
+    some = mosaic.reference_answers(model, tokenizer, requests, 8)
     policy = ("alcohol", "sex")
-    tasks = [
-        mosaic.Task(q, policy)
-        for q in requests
-        if q.category in ("alcohol", "sex", NEUTRAL)
-    ]
-    sum(losses(model, tokenizer, tokens, tasks, known, random.Random(0))).backward()
+    tasks = tasks_of(some, policy)
+    _, (losses, _) = losses_of(model, tokenizer, tokens, tasks, random.Random(0))
+    losses.sum().backward()
     assert all(weight.grad is None for weight in model.parameters())
     for name, vectors in zip(tokens.categories, tokens.vectors):
         if name in policy:
@@ -601,73 +797,193 @@ def test_gradients_reach_the_active_categories_and_nothing_else(
             assert vectors.grad is None or not vectors.grad.any()
 
 
-def test_task_losses_equal_a_row_by_row_reference(model, tokenizer, tokens, requests):
-    known = mosaic.reference_answers(model, tokenizer, requests, 8)
-    policy = ("alcohol",)
-    tasks = [
-        mosaic.Task(q, policy) for q in requests if q.category in ("alcohol", "horror")
-    ]
-    refusal = own_ids(tokenizer, mosaic.REFUSAL) + [tokenizer.eos_token_id]
-    sums, counts = [0.0, 0.0, 0.0], [0, 0]
-    with torch.no_grad():
-        for task in tasks:
-            prompt, _, answer, _ = known[task.request].row
-            target = refusal if task.refuse else answer
-            embed = model.get_input_embeddings()
-            text = embed(torch.tensor(prompt + target))
-            x = torch.cat([text[:1], tokens.compose(policy), text[1:]])[None]
-            steered = model(inputs_embeds=x).logits[0, -len(target) - 1 : -1]
-            bare = model(inputs_embeds=text[None]).logits[0, -len(target) - 1 : -1]
-            log_q, log_p = steered.log_softmax(-1), bare.log_softmax(-1)
-            kind = 0 if task.refuse else 1
-            sums[kind] -= sum(log_q[i, one].item() for i, one in enumerate(target))
-            counts[kind] += len(target)
-            if not task.refuse:
-                sums[2] += (log_p.exp() * (log_p - log_q)).sum().item()
-    expected = [sums[0] / counts[0], sums[1] / counts[1], sums[2] / counts[1]]
-    found = losses(model, tokenizer, tokens, tasks, known, random.Random(0))
-    assert [one.item() for one in found] == pytest.approx(expected, rel=1e-4)
+def test_training_shuffles_the_tokens_of_a_composition(tokenizer, model, tokens):
+    (some,) = mosaic.reference_answers(model, tokenizer, [Request("Hi", "sex")], 4)
+    task = Task(some, tuple(CATEGORIES))
+    rows = mosaic.task_rows(tokens, [task] * 40, [5], random.Random(0))
+    sets = {tuple(row.control[::3, 0].tolist()) for row in rows}
+    assert len(sets) > 20 and len({frozenset(found) for found in sets}) == 1
 
 
-def test_training_leaves_every_backbone_tensor_bit_identical(
+def test_training_leaves_every_backbone_weight_bit_identical(
     model, tokenizer, tokens, requests
 ):
     model.train()  # as a careless caller would hand it over
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     start = [vectors.detach().clone() for vectors in tokens.vectors]
-    history = mosaic.train(model, tokenizer, tokens, requests, QUICK)
+    assert len(mosaic.train(model, tokenizer, tokens, requests, QUICK)) == 1
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(map(torch.equal, start, tokens.vectors)) and len(history) == 1
+    assert not any(map(torch.equal, start, tokens.vectors))
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_training_notices_a_backbone_that_changed(
-    model, tokenizer, tokens, requests, monkeypatch
+@pytest.mark.slow
+def test_a_compiled_backbone_trains_and_answers_as_the_plain_one(
+    model, tokenizer, tokens, requests
 ):
-    real = mosaic.task_losses
+    twin = copy.deepcopy(tokens)
+    compiled = torch.compile(model, backend="eager")
+    mosaic.train(compiled, tokenizer, tokens, requests, QUICK)
+    mosaic.train(model, tokenizer, twin, requests, QUICK)
+    for vectors, others in zip(tokens.vectors, twin.vectors):
+        torch.testing.assert_close(vectors, others, rtol=0, atol=1e-5)
+    answers = [
+        mosaic.generate(which, tokenizer, tokens, ASKED, POLICIES, 8)
+        for which in (compiled, model)
+    ]
+    assert answers[0] == answers[1]
 
-    def meddle(*arguments):
-        with torch.no_grad():
-            model.lm_head.weight[3, 3] += 1e-3
-        return real(*arguments)
 
-    monkeypatch.setattr(mosaic, "task_losses", meddle)
-    with pytest.raises(AssertionError, match="has changed the backbone"):
-        mosaic.train(model, tokenizer, tokens, requests, QUICK)
+def test_the_learning_rate_is_in_units_of_the_embeddings_deviation(
+    tokenizer, requests
+):
+    config = TrainConfig(orders=(1,), epochs=1, positives_per_subset=2, batch_size=99)
+    moved = []
+    for factor in (1, 10):
+        model = tiny_model("llama", tokenizer, tie_word_embeddings=False)
+        model.get_input_embeddings().weight.data *= factor
+        table = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
+        start = torch.cat([*table.vectors]).detach()
+        mosaic.train(model, tokenizer, table, requests, config)  # one step of Adam
+        step = (torch.cat([*table.vectors]).detach() - start).abs()
+        unit = mosaic.embedding_std(model, tokenizer)
+        assert step.median().item() == pytest.approx(0.7 * unit, rel=1e-3)
+        moved.append(step.median().item())
+    assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
+
+
+def test_training_is_adam_on_the_weighted_sums_with_a_cosine_to_zero(
+    model, tokenizer, tokens, requests
+):
+    config = TrainConfig(
+        orders=(1, 2), epochs=2, learning_rate=0.2, kd_weight=3.0, batch_size=8,
+        positives_per_subset=2, answer_tokens=8, seed=4,
+    )
+    twin = copy.deepcopy(tokens)
+    assert len(mosaic.train(model, tokenizer, tokens, requests, config)) == 2
+    some = mosaic.training_references(model, tokenizer, requests, config)
+    assert len(some) > len(requests)
+    adam = torch.optim.Adam(twin.parameters())
+    for epoch in range(2):
+        rng = random.Random(f"4, epoch {epoch}")
+        batches = OrderSampler(some, CATEGORIES, CATEGORIES, 2, 1.0, rng)
+        batches = batches.epoch((1, 2), 8)
+        for step, tasks in enumerate(batches):
+            done = (epoch + step / len(batches)) / 2
+            cosine = 0.5 * (1 + math.cos(math.pi * done))
+            unit = mosaic.embedding_std(model, tokenizer)
+            adam.param_groups[0]["lr"] = 0.2 * unit * cosine
+            _, (losses, _) = losses_of(model, tokenizer, twin, tasks, rng, config, done)
+            adam.zero_grad()
+            (losses[0] + losses[1] + 3 * losses[2]).backward()
+            adam.step()
+    for vectors, others in zip(tokens.vectors, twin.vectors):
+        torch.testing.assert_close(vectors, others, rtol=0, atol=1e-6)
+
+
+# Resuming: the same tokens as if nothing had happened.
+
+RESUMED = dataclasses.replace(QUICK, epochs=3, positives_per_subset=2)
+
+
+def run(model, tokenizer, requests, config=RESUMED, seed=0, **options):
+    table = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2, seed=seed)
+    history = mosaic.train(model, tokenizer, table, requests, config, **options)
+    return list(table.vectors), history
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(
     model, tokenizer, requests
 ):
-    def trained(seed):
-        table = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2, seed=7)
-        config = TrainConfig(orders=(2,), epochs=2, positives_per_subset=3, seed=seed)
-        mosaic.train(model, tokenizer, table, requests, config)
-        return torch.cat(list(table.vectors))
+    one, two, other = (
+        run(model, tokenizer, requests, dataclasses.replace(QUICK, seed=seed))[0]
+        for seed in (0, 0, 1)
+    )
+    assert all(map(torch.equal, one, two)) and not any(map(torch.equal, one, other))
 
-    assert torch.equal(trained(0), trained(0))
-    assert not torch.equal(trained(0), trained(1))
+
+@pytest.mark.parametrize("stopped_in, saving", [(1, False), (2, True), (3, False)])
+def test_a_run_stopped_in_any_epoch_is_resumed_to_the_same_tokens(
+    model, tokenizer, requests, tmp_path, monkeypatch, stopped_in, saving
+):
+    whole, history = run(model, tokenizer, requests)
+    path, steps, epochs = tmp_path / "training.pt", [], []
+    real, real_save, real_epoch = mosaic.batch_losses, torch.save, mosaic.train_epoch
+
+    def step(*arguments):
+        steps.append(len(epochs))
+        if not saving and steps.count(stopped_in) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    def save(state, file):
+        real_save(state, file)
+        if saving and len(epochs) == stopped_in:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        mosaic, "train_epoch", lambda *a: epochs.append(a[-1]) or real_epoch(*a)
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mosaic, "batch_losses", step)
+        patch.setattr(torch, "save", save)
+        run(model, tokenizer, requests, checkpoint=path)
+    assert path.exists() == (stopped_in > 1) and len(epochs) == stopped_in
+    for still in ([*range(stopped_in - 1, 3)], []):  # then it is finished, only read
+        epochs.clear()
+        again, resumed = run(model, tokenizer, requests, checkpoint=path)
+        assert all(map(torch.equal, whole, again)) and resumed == history
+        assert epochs == still
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
+    model, tokenizer, requests, tmp_path
+):
+    path = tmp_path / "training.pt"
+    config = dataclasses.replace(QUICK, positives_per_subset=1)
+    run(model, tokenizer, requests, config, checkpoint=path)
+    before = path.read_bytes()
+    refused = functools.partial(run, model, tokenizer, requests, checkpoint=path)
+    other = dataclasses.replace(config, epochs=4, later_weight=0.5)
+    said = r"another run \(epochs 1, now 4, later_weight 0.3, now 0.5\): delete it to"
+    with pytest.raises(ValueError, match=said):
+        refused(other)
+    some = mosaic.training_references(model, tokenizer, requests, config)
+    for change in (  # other answers; other prompts, where a template writes the date
+        {"answer": some[0].answer[:3]}, {"bare": (*some[0].bare, 5)}
+    ):
+        others = [dataclasses.replace(some[0], **change), *some[1:]]
+        with pytest.raises(ValueError, match=r"run \(references [^,]*, now [^,]*\)"):
+            refused(config, references=others)
+    with pytest.raises(ValueError, match=r"another run \(start [^,]*, now [^,]*\)"):
+        refused(config, seed=1)
+    with pytest.raises(ValueError, match=r"another run \(backbone "):
+        run(tiny_model("llama", tokenizer, seed=1), tokenizer, requests, config,
+            checkpoint=path)
+    assert path.read_bytes() == before
+    refused(config, references=some)  # the run's own
+    path.write_bytes(before[: len(before) // 2])
+    with pytest.raises(ValueError, match="training.pt is no readable checkpoint"):
+        refused(config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    model, tokenizer, requests, tmp_path, monkeypatch
+):
+    real, steps, path = mosaic.batch_losses, [], tmp_path / "training.pt"
+
+    def broken(*arguments):
+        losses, shares = real(*arguments)
+        steps.append(path.exists())  # from the second epoch on
+        return losses / (sum(steps) != 3), shares
+
+    monkeypatch.setattr(mosaic, "batch_losses", broken)
+    with pytest.raises(ValueError, match="not finite in epoch 2, step 3: lower the"):
+        run(model, tokenizer, requests, checkpoint=path)
+    saved = torch.load(path, weights_only=True)
+    assert len(saved["history"]) == 1
+    assert all(vectors.isfinite().all() for vectors in saved["tokens"].values())
 
 
 def test_frozen_categories_stay_bit_identical_while_new_ones_learn(
@@ -682,203 +998,51 @@ def test_frozen_categories_stay_bit_identical_while_new_ones_learn(
     assert same == [True, True, False] and table.trainable == ["horror"]
 
 
-def test_training_is_adam_on_the_weighted_sum_with_a_cosine_to_zero(
-    model, tokenizer, tokens, requests
-):
-    config = TrainConfig(
-        orders=(1, 2), epochs=2, learning_rate=0.02, kd_weight=3.0,
-        positives_per_subset=2, batch_size=8, answer_tokens=8, seed=4,
-    )  # fmt: skip
-    twin = copy.deepcopy(tokens)
-    history = mosaic.train(model, tokenizer, tokens, requests, config)
-    assert len(history) == 2
-
-    draw = random.Random(4)
-    batches = OrderSampler(requests, CATEGORIES, CATEGORIES, 2, 1.0, draw)
-    known = mosaic.reference_answers(model, tokenizer, requests, 8)
-    adam = torch.optim.Adam(twin.parameters())
-    for epoch in range(2):
-        length = functools.partial(mosaic.task_length, known)
-        todo = batches.epoch((1, 2), 8, length)
-        for step, tasks in enumerate(todo):
-            done = (epoch + step / len(todo)) / 2
-            adam.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * done))
-            refusal, reference, kd = losses(model, tokenizer, twin, tasks, known, draw)
-            adam.zero_grad()
-            (refusal + reference + 3 * kd).backward()
-            adam.step()
-    for mine, theirs in zip(tokens.vectors, twin.vectors):
-        assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
-
-
-def test_training_shuffles_the_tokens_of_a_composition(
-    model, tokenizer, tokens, requests
-):
-    known = mosaic.reference_answers(model, tokenizer, requests, 8)
-    task = mosaic.Task(requests[0], tuple(CATEGORIES))
-    found = {
-        losses(model, tokenizer, tokens, [task], known, random.Random(i))[0].item()
-        for i in range(6)
-    }
-    assert len(found) > 2
-
-
-def test_some_positives_may_decline_a_few_words_into_an_answer(
-    model, tokenizer, tokens, requests
-):
-    known = mosaic.reference_answers(model, tokenizer, requests, 12)
-    tasks = [mosaic.Task(q, ("alcohol", "sex")) for q in requests] * 20
-    for share in (0.0, 0.5):
-        rows = mosaic.task_rows(tokens, tasks, known, [5], random.Random(0), share)
-        lengths = Counter()
-        for task, row in zip(tasks, rows):
-            prompt, _, answer, _ = known[task.request].row
-            begun = len(row.prompt) - len(prompt)
-            assert row.prompt == [*prompt, *answer[:begun]]
-            if task.refuse:
-                assert row.answer == [5]
-                lengths[begun] += 1
-            else:
-                assert begun == 0 and row.answer == answer
-        assert (1 - lengths[0] / lengths.total()) == pytest.approx(share, abs=0.1)
-    assert set(lengths) == set(range(9))
-
-
-# Resuming: the same tokens as if nothing had happened.
-
-RESUMED = TrainConfig(
-    orders=(1, 2), epochs=3, positives_per_subset=4, batch_size=8, prefill=0.3
-)
-
-
-def run(model, tokenizer, requests, config=RESUMED, **options):
-    table = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2)
-    history = mosaic.train(model, tokenizer, table, requests, config, **options)
-    return list(table.vectors), history
-
-
-def count_steps(model, tokenizer, requests):
-    """Of a whole run."""
-    draw = random.Random(0)
-    sampler = OrderSampler(requests, CATEGORIES, CATEGORIES, 4, 1.0, draw)
-    return 3 * len(sampler.epoch((1, 2), 8))
-
-
-@pytest.mark.parametrize("stopped_in", [2, 3])
-def test_a_stopped_run_is_taken_up_and_ends_with_the_same_tokens(
-    model, tokenizer, requests, tmp_path, monkeypatch, stopped_in
-):
-    whole, history = run(model, tokenizer, requests)
-    path, real, begun = tmp_path / "training.pt", torch.save, []
-
-    def save(state, file):
-        begun.append(file)
-        real(state, file)
-        if len(begun) == stopped_in:  # while it is written
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch, "save", save)
-        run(model, tokenizer, requests, checkpoint=path)
-    steps = []
-    patch_losses = mosaic.task_losses
-    monkeypatch.setattr(
-        mosaic, "task_losses", lambda *a: steps.append(1) or patch_losses(*a)
-    )
-    again, resumed = run(model, tokenizer, requests, checkpoint=path)
-    assert all(map(torch.equal, whole, again)) and resumed == history
-    assert len(steps) * 3 == (4 - stopped_in) * count_steps(model, tokenizer, requests)
-    steps.clear()  # a finished run is only read
-    again, resumed = run(model, tokenizer, requests, checkpoint=path)
-    assert all(map(torch.equal, whole, again)) and resumed == history and not steps
-
-
-def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
-    model, tokenizer, requests, tmp_path
-):
-    path = tmp_path / "training.pt"
-    run(model, tokenizer, requests, checkpoint=path)
-    before = path.read_bytes()
-    other = dataclasses.replace(RESUMED, epochs=4, seed=5)
-    with pytest.raises(ValueError, match=r"anew \(epochs 3, now 4, seed 0, now 5"):
-        run(model, tokenizer, requests, other, checkpoint=path)
-    with pytest.raises(ValueError, match=r"anew \(requests"):
-        run(model, tokenizer, requests[::-1], checkpoint=path)
-    learn = [request for request in requests if request.split == "train"]
-    known = mosaic.reference_answers(model, tokenizer, learn)
-    for change in (  # other answers; other prompts, where a template writes the date
-        lambda row: row._replace(answer=row.answer[:3]),
-        lambda row: row._replace(prompt=[*row.prompt, 5]),
-    ):
-        other = {q: mosaic.Reference(change(one.row)) for q, one in known.items()}
-        with pytest.raises(ValueError, match=r"anew \(requests"):
-            run(model, tokenizer, requests, checkpoint=path, known=other)
-    with pytest.raises(ValueError, match=r"anew \(.*start .* backbone"):
-        stranger = tiny_model("llama", tokenizer, seed=1)
-        run(stranger, tokenizer, requests, checkpoint=path)
-    assert path.read_bytes() == before
-    path.write_bytes(before[: len(before) // 2])
-    with pytest.raises(ValueError, match="training.pt is no readable checkpoint"):
-        run(model, tokenizer, requests, checkpoint=path)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
-    model, tokenizer, requests, tmp_path, monkeypatch
-):
-    real, steps = mosaic.task_losses, []
-
-    def broken(*arguments):
-        steps.append(1)
-        refusal, reference, kd = real(*arguments)
-        return refusal, reference, kd / (len(steps) != total + 3)
-
-    total = count_steps(model, tokenizer, requests) // 3
-    monkeypatch.setattr(mosaic, "task_losses", broken)
-    path = tmp_path / "training.pt"
-    with pytest.raises(ValueError, match="not finite in epoch 2, step 3: lower the"):
-        run(model, tokenizer, requests, checkpoint=path)
-    saved = torch.load(path, weights_only=True)
-    assert len(saved["history"]) == 1
-    assert all(vectors.isfinite().all() for vectors in saved["tokens"].values())
-
-
-def test_answers_end_where_the_tokenizer_or_the_checkpoint_says(model, tokenizer):
-    own = model.generation_config.eos_token_id
-    try:
-        for said, more in ((None, set()), (7, {7}), ([7, 9], {7, 9})):
-            model.generation_config.eos_token_id = said
-            assert mosaic.end_ids(model, tokenizer) == {tokenizer.eos_token_id} | more
-    finally:
-        model.generation_config.eos_token_id = own
-
-
-@pytest.mark.parametrize("orders", [(0,), (6,), (1, 9)])
-def test_orders_outside_one_to_k_are_refused(
+@pytest.mark.parametrize("orders", [(0,), (6,), (1, 9), (1,)])
+def test_orders_outside_one_to_k_and_a_table_all_frozen_are_refused(
     model, tokenizer, tokens, requests, orders
 ):
-    with pytest.raises(ValueError, match=r"orders in 1\.\.5"):
+    if orders == (1,):
+        tokens.freeze(CATEGORIES)
+    with pytest.raises(ValueError, match=r"not frozen, and orders in 1\.\.5"):
         mosaic.train(model, tokenizer, tokens, requests, TrainConfig(orders=orders))
 
 
-def test_training_with_every_category_frozen_is_refused(
+def test_requests_with_a_system_message_train_evaluate_and_generate(
     model, tokenizer, tokens, requests
 ):
-    tokens.freeze(CATEGORIES)
-    with pytest.raises(ValueError, match="not frozen"):
-        mosaic.train(model, tokenizer, tokens, requests, QUICK)
+    said = {"role": "system", "content": "You are the help desk of Acme."}
+    asked = [
+        dataclasses.replace(q, prompt=[said, *mosaic.as_messages(q.prompt)])
+        for q in requests
+    ]
+    seen = []
+
+    def respond(prompts, policies):
+        seen.extend(zip(prompts, policies))
+        return mosaic.generate(model, tokenizer, tokens, prompts, policies, 2)
+
+    mosaic.train(model, tokenizer, tokens, asked, QUICK)
+    (row,) = mosaic.evaluate(
+        respond, asked, CATEGORIES, (5,), judge=lambda prompt, _: prompt[0] == said
+    )
+    assert row["dsr"]["rate"] == row["over_refusal"]["rate"] == 1
+    ids = mosaic.prompt_ids(tokenizer, seen[0][0], True)
+    assert "help desk of Acme" in tokenizer.decode(ids[: ids.index(PLACE)])
 
 
+@pytest.mark.slow
 def test_a_trained_table_beats_the_untouched_backbone(backbone, tokenizer, requests):
-    table = ControlTokens.for_model(backbone, tokenizer, ["alcohol", "betting"])
-    config = TrainConfig(epochs=5, positives_per_subset=60)
+    names = ["alcohol", "betting"]
+    table = ControlTokens.for_model(backbone, tokenizer, names, requests=requests)
+    config = TrainConfig(epochs=4, positives_per_subset=60)
     history = mosaic.train(backbone, tokenizer, table, requests, config)
-    assert history[-1]["refusal"] < history[0]["refusal"]
+    assert history[-1]["declines_active"] > 0.7 > 0.3 > history[-1]["declines_others"]
 
     def respond(prompts, policies):
         return mosaic.generate(backbone, tokenizer, table, prompts, policies, 8)
 
-    mine = [q for q in requests if q.category in ("alcohol", "betting")]
-    asked = [q.prompt for q in mine]
+    asked = [q.prompt for q in requests if q.category in names]
     bare = mosaic.generate(backbone, tokenizer, None, asked, None, 8)
     plain = sum(map(mosaic.is_refusal, bare)) / len(bare)
     for row in mosaic.evaluate(respond, requests, table.categories, (1, 2)):
@@ -886,113 +1050,7 @@ def test_a_trained_table_beats_the_untouched_backbone(backbone, tokenizer, reque
         assert row["over_refusal"]["rate"] < 0.2, row
 
 
-# --- 7. Using it: generate ------------------------------------------------------------
-
-
-def test_generate_answers_each_prompt_under_its_own_policy_as_if_alone(
-    backbone, tokenizer
-):
-    table = ControlTokens.for_model(backbone, tokenizer, CATEGORIES)
-    together = mosaic.generate(backbone, tokenizer, table, ASKED, POLICIES, 24)
-    for asked, policy, answer in zip(ASKED, POLICIES, together):
-        assert mosaic.generate(backbone, tokenizer, table, [asked], [policy], 24) == [
-            answer
-        ]
-    bare = mosaic.generate(backbone, tokenizer, None, ASKED, max_new_tokens=24)
-    assert bare[1] == together[1] and bare[0] != together[0]
-
-
-def test_generate_reads_several_turns(backbone, tokenizer):
-    chat = [
-        {"role": "system", "content": "Do not talk about gardening."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "How do I prune my roses?"},
-    ]
-    (answer,) = mosaic.generate(backbone, tokenizer, None, [chat], max_new_tokens=32)
-    assert mosaic.is_refusal(answer)
-    (answer,) = mosaic.generate(
-        backbone, tokenizer, None, [chat[1:]], max_new_tokens=32
-    )
-    assert not mosaic.is_refusal(answer)
-
-
-def test_generate_ignores_sampling_settings_of_the_checkpoint(model, tokenizer):
-    plain = mosaic.generate(model, tokenizer, None, ASKED, max_new_tokens=12)
-    model.generation_config.update(
-        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0
-    )
-    assert mosaic.generate(model, tokenizer, None, ASKED, max_new_tokens=12) == plain
-
-
-def test_generate_needs_a_policy_for_every_prompt(model, tokenizer, tokens):
-    with pytest.raises(ValueError):
-        mosaic.generate(model, tokenizer, tokens, ASKED, [()])
-    with pytest.raises(ValueError, match="needs control tokens"):
-        mosaic.generate(model, tokenizer, None, ASKED[:1], [["sex"]])
-
-
 # --- 8. Evaluation --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "answer, refused",
-    [
-        (mosaic.REFUSAL, True),
-        ("I\u2019m sorry, but I can\u2019t help with that", True),
-        ("Sorry, I can't discuss that here.", True),
-        ("I cannot provide that.", True),
-        ("Unfortunately, I am not able to go into that.", True),
-        ("**Sorry**, but that is off the table.", True),
-        ("<think>I can't say this.</think>Gin and vermouth.", False),
-        ("I can't wait to hear how it went! Start with the yeast.", False),
-        ("Stir it well. I can't stress that enough.", False),
-        ("I'm sorry to hear that. Rest and drink water.", False),
-        ("At the bar, a Negroni means gin, Campari and vermouth.", False),
-        ("You could say: I'm sorry, but I can't help with that.", False),
-        ("", False),
-    ],
-)
-def test_the_judge_looks_at_the_start_of_an_answer(answer, refused):
-    assert mosaic.is_refusal(answer) is refused
-
-
-def test_the_judge_knows_another_refusal_sentence_even_cut_short(monkeypatch):
-    monkeypatch.setattr(mosaic, "REFUSAL", "I\u2019m off that topic here. Ask me more.")
-    assert mosaic.is_refusal("I am off that topic") and mosaic.is_refusal(
-        "I'm off that"
-    )
-    assert mosaic.is_refusal("I'm off that topic here. Ask me more. Bye.")
-    assert not mosaic.is_refusal("I'm off") and not mosaic.is_refusal("I'm off to bed.")
-
-
-# As words recur in any long text: half of these are there twice or more.
-HOW_TO = """
-Put the car on level ground and pull the brake. Take the jack, the wrench and the
-spare wheel out of the boot. Loosen the nuts of the wheel with the wrench while the
-wheel is on the ground, a turn of each nut is enough. Put the jack under the car where
-the book of the car says, and turn it until the wheel is off the ground. Take the nuts
-off, put the nuts where you can find them, and take the wheel off. Put the spare wheel
-on, and put the nuts on by hand. Turn the jack until the wheel is on the ground, take
-the jack out, and turn the nuts with the wrench, one and then the one across from it.
-Put the wheel, the jack and the wrench in the boot, and have the wheel looked at as
-soon as you can.
-"""
-
-
-@pytest.mark.parametrize(
-    "answer, none",
-    [
-        ("</s> ...", True),
-        ("gin is made " * 5, True),
-        ("No.", False),
-        ("To be or not to be, that is the question.", False),
-        (HOW_TO, False),
-        (HOW_TO * 3, True),
-    ],
-)
-def test_an_answer_without_words_or_in_a_loop_is_none(answer, none):
-    assert mosaic.is_degenerate(answer) is none
 
 
 def test_wilson_intervals_match_textbook_values():
@@ -1004,22 +1062,20 @@ def test_wilson_intervals_match_textbook_values():
     assert mosaic.share([]) == {"rate": 0.0, "n": 0, "low": 0.0, "high": 1.0}
 
 
-def test_evaluation_counts_each_kind_of_request_by_hand():
+@pytest.mark.parametrize("judge", ["the rules", "a judge of one's own"])
+def test_evaluation_counts_each_kind_of_request_by_hand(judge):
     categories = ["a", "b", "c"]
     requests = [Request(c, c) for c in categories] + [
-        Request("plain", NEUTRAL),
-        Request("near a", NEUTRAL, near="a"),
+        Request("plain", NEUTRAL), Request("near a", NEUTRAL, near="a")
     ]
+    no = REFUSAL if judge == "the rules" else "Njet."
 
-    def respond(
-        prompts, policies
-    ):  # declines what is active, "near a" with it, and "b"
-        return [
-            mosaic.REFUSAL if p[-1] in s or p == "b" else "Sure."
-            for p, s in zip(prompts, policies)
-        ]
+    def respond(prompts, policies):  # declines what is active, "near a", too, and "b"
+        pairs = zip(prompts, policies)
+        return [no if p[-1] in s or p == "b" else "Sure." for p, s in pairs]
 
-    one, two = mosaic.evaluate(respond, requests, categories, (1, 2))
+    own = {} if judge == "the rules" else {"judge": lambda prompt, said: said == no}
+    one, two = mosaic.evaluate(respond, requests, categories, (1, 2), **own)
     assert (one["policies"], two["policies"]) == (3, 3)
     assert (one["dsr"]["rate"], one["dsr"]["n"]) == (1.0, 3)
     # Order 1: each policy has 2 inactive requests and a neutral one; "b" is in two.
@@ -1030,113 +1086,64 @@ def test_evaluation_counts_each_kind_of_request_by_hand():
 
 
 def test_evaluation_draws_policies_where_an_order_has_too_many():
-    categories = [f"c{i}" for i in range(40)]
-    seen = []
+    categories, seen = [f"c{i}" for i in range(40)], []
 
     def respond(prompts, policies):
         seen.append(policies)
         return ["Sure."] * len(prompts)
 
-    asked = [Request("x", "c1")]
     for _ in range(2):
-        (row,) = mosaic.evaluate(respond, asked, categories, (20,), most_policies=6)
+        (row,) = mosaic.evaluate(
+            respond, [Request("x", "c1")], categories, (20,), most_policies=6
+        )
         assert row["policies"] == 6
     assert seen[0] == seen[1] and len(set(seen[0])) == 6
 
 
-def test_a_second_judge_is_compared_with_the_first():
-    (row,) = mosaic.evaluate(
-        lambda prompts, policies: [mosaic.REFUSAL, "No."],
-        [Request("x", "a")] * 2,
-        ["a"],
-        (1,),
-        second_judge=lambda requests, answers: [True, True],
-    )
-    assert row["disagreement"]["rate"] == 0.5 and row["dsr"]["rate"] == 0.5
+# --- What is refused before anything runs ---------------------------------------------
 
 
-def test_degenerate_answers_are_counted_apart():
-    (row,) = mosaic.evaluate(
-        lambda prompts, policies: [mosaic.REFUSAL, "...", "Sure.", ""],
-        [Request(c, c) for c in "aabb"],
-        ["a", "b"],
-        (2,),
-    )
-    assert (row["dsr"]["rate"], row["dsr"]["n"]) == (0.5, 2)
-    assert (row["degenerate"]["rate"], row["degenerate"]["n"]) == (0.5, 4)
-
-
-def test_choosing_takes_the_option_with_the_highest_log_likelihood(
-    model, tokenizer, tokens
+def test_a_checkpoint_is_not_taken_up_for_another_refusal(
+    model, tokenizer, requests, tmp_path
 ):
-    options = ["Yes", "No", "Perhaps not today"]
-    embed = model.get_input_embeddings()
-    for asked in ASKED:
-        for policy in ((), ("horror", "sex")):
-            inserted = tokens.compose(policy)
-            text = embed(torch.tensor(mosaic.prompt_ids(tokenizer, asked)))
-            sums = []
-            for option in options:
-                end = own_ids(tokenizer, option)
-                x = [text[:1], inserted, text[1:], embed(torch.tensor(end))]
-                with torch.no_grad():
-                    logits = model(inputs_embeds=torch.cat(x)[None]).logits[0]
-                found = logits[-len(end) - 1 : -1].log_softmax(-1)
-                sums.append(sum(found[i, one].item() for i, one in enumerate(end)))
-            chosen = mosaic.choose(model, tokenizer, asked, options, tokens, policy)
-            assert chosen == sums.index(max(sums))
-
-
-def test_the_model_judge_calls_no_a_refusal(model, tokenizer, monkeypatch):
-    def choose(model, tokenizer, prompt, options):
-        assert options == ["Yes", "No"] and "What goes in" in prompt or "Hi" in prompt
-        return 1 if "can't help" in prompt else 0
-
-    monkeypatch.setattr(mosaic, "choose", choose)
-    judge = mosaic.model_judge(model, tokenizer)
-    assert judge(ASKED[:2], [mosaic.REFUSAL, "Hello."]) == [True, False]
-
-
-def test_multiple_choice_accuracy_reads_mmlus_form_under_a_policy(
-    model, tokenizer, tokens, monkeypatch
-):
-    items = [
-        {
-            "question": f"How many legs has a {who}?",
-            "choices": ["two", "four"],
-            "answer": 0,
-        }
-        for who in ("hen", "swan", "goose")
+    config = dataclasses.replace(QUICK, positives_per_subset=1)
+    few = dict(tokens_per_category=2)
+    tables = [
+        ControlTokens.for_model(model, tokenizer, CATEGORIES, **few, refusal=sentence)
+        for sentence in (mosaic.REFUSAL, "Not here, please.")
     ]
-    seen = []
-
-    def choose(model, tokenizer, prompt, options, tokens, policy):
-        seen.append((policy, prompt, options))
-        return 0
-
-    def accuracy(items, policy=()):
-        return mosaic.multiple_choice_accuracy(model, tokenizer, tokens, items, policy)
-
-    assert 0 <= accuracy(items)["rate"] <= 1
-    monkeypatch.setattr(mosaic, "choose", choose)
-    assert accuracy(items, ["sex"])["rate"] == 1
-    assert accuracy([item | {"answer": 1} for item in items])["rate"] == 0
-    policy, asked, options = seen[0]
-    assert policy == ["sex"] and seen[-1][0] == ()
-    assert (
-        "How many legs has a hen?" in asked and "A. two" in asked and "B. four" in asked
-    )
-    assert options == ["A", "B"]
-    mosaic.multiple_choice_accuracy(
-        model, tokenizer, None, items[:1], (), lambda text: ["rule", text]
-    )
-    assert seen[-1][1] == ["rule", asked]
+    path = str(tmp_path / "training.pt")
+    mosaic.train(model, tokenizer, tables[0], requests, config, checkpoint=path)
+    with pytest.raises(ValueError, match=r"another run \(refusal I'm sorry"):
+        mosaic.train(model, tokenizer, tables[1], requests, config, checkpoint=path)
 
 
-def test_drift_is_zero_for_the_empty_policy_and_positive_for_random_tokens(
-    model, tokenizer, tokens, requests
-):
-    none = mosaic.drift(model, tokenizer, tokens, requests, [()])
-    assert none == {"kl": pytest.approx(0, abs=1e-6), "top1_agreement": 1.0}
-    some = mosaic.drift(model, tokenizer, tokens, requests, [CATEGORIES])
-    assert some["kl"] > 1e-3 and some["top1_agreement"] < 1
+def test_an_order_without_a_policy_is_refused_by_evaluation():
+    for order in (0, 3):
+        with pytest.raises(ValueError, match=f"2 categories has order {order}"):
+            mosaic.evaluate(lambda p, s: ["No."] * len(p), [], ["a", "b"], [order])
+
+
+@pytest.mark.parametrize("prompt", [
+    {"role": "user", "content": "Hi"}, [{"role": "user", "content": None}], ["Hi"],
+    [{"role": "system", "content": "Be brief."}],
+])
+def test_what_is_no_list_of_messages_is_refused_by_name(prompt):
+    with pytest.raises(ValueError, match="messages|'user'"):
+        mosaic.as_messages(prompt)
+
+
+def test_a_table_meets_no_backbone_but_its_own(model, tokenizer, tokens, requests):
+    other = tiny_model("llama", tokenizer, seed=1)
+    with pytest.raises(ValueError, match="the table was made for"):
+        tokens.add(other, tokenizer, ["tobacco"])
+    with pytest.raises(ValueError, match="the table was made for"):
+        mosaic.train(other, tokenizer, tokens, requests, QUICK)
+
+
+def test_the_mark_of_the_place_is_nothing_that_a_user_can_type(tokenizer):
+    said = f"{mosaic.MARK} Hi {mosaic.MARK}"
+    turns = [{"role": "user", "content": said}, {"role": "assistant", "content": said},
+             {"role": "user", "content": said}]
+    ids = mosaic.prompt_ids(tokenizer, turns, place=True)
+    assert ids.count(mosaic.PLACE) == 1

@@ -1,21 +1,19 @@
-"""The remade tables: peers, cells, claims, and README's results."""
+"""The remade tables: peers, cells, report, and README's table."""
 
 import copy
 import json
 import math
 import random
-import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CATEGORIES, EMBEDDED, README, ROOT
+from conftest import CATEGORIES, README, ROOT
 from torch import nn
 
 import mosaic
-from mosaic import ControlTokens, OrderSampler, Row, TrainConfig
+from mosaic import Row, TrainConfig
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import paper
@@ -23,8 +21,12 @@ import peers
 import report
 
 
-def bits(model):
-    return mosaic.checksum(model)
+def weights(model):
+    return [weight.clone() for weight in model.parameters()]
+
+
+def same(model, before):
+    return all(map(torch.equal, model.parameters(), before))
 
 
 @pytest.fixture
@@ -35,9 +37,9 @@ def ids(tokenizer):
 # --- Peers ----------------------------------------------------------------------------
 
 
-def test_an_adapter_merged_and_unmerged_equals_the_dense_product(model, tokenizer, ids):
-    row = mosaic.make_batch(model, tokenizer, [Row(ids, None, ids)])
-    bare, before = mosaic.answer_logits(model, row)[0], bits(model)
+def test_an_adapter_merged_and_unmerged_equals_the_dense_product(model, ids):
+    row = mosaic.make_batch(model, [Row(ids, None, ids)])
+    bare, before = mosaic.answer_logits(model, row)[0], weights(model)
     added = peers.add_lora(model, rank=3, alpha=6)
     assert torch.equal(mosaic.answer_logits(model, row)[0], bare)  # B is zero
     for one in added.values():
@@ -48,12 +50,12 @@ def test_an_adapter_merged_and_unmerged_equals_the_dense_product(model, tokenize
     dense = 2.0 * torch.einsum("or,ri->oi", one.b, one.a)  # alpha / rank = 2
     assert torch.allclose(updates[name], dense, atol=1e-6)
     peers.remove_lora(model)
-    assert bits(model) == before and len(added) == 14  # 7 maps in each of 2 layers
+    assert same(model, before) and len(added) == 14  # 7 maps in each of 2 layers
     with peers.merged(model, updates):
         merged = mosaic.answer_logits(model, row)[0]
     assert torch.allclose(merged, unmerged, atol=1e-4)
     assert not torch.allclose(merged, bare, atol=1e-2)
-    assert bits(model) == before
+    assert same(model, before)
 
 
 def test_the_size_of_an_adapter_is_what_add_lora_adds(model):
@@ -73,40 +75,55 @@ def test_the_odds_ratio_loss_equals_the_formula_by_hand():
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_an_answers_log_probability_is_that_of_the_row_alone(model, tokenizer, ids):
+def test_an_answers_log_probabilities_are_those_of_the_row_alone(model, ids):
     rows = [Row(ids, None, ids[1:4]), Row(ids[:5], None, ids[2:9])]
-    both = peers.row_log_probs(model, tokenizer, rows)
-    for row, value in zip(rows, both):
+    for row, found in zip(rows, peers.answer_log_probs(model, rows), strict=True):
         whole = torch.tensor([[*row.prompt, *row.answer]])
         log_p = model(whole).logits.log_softmax(-1)[0]  # (T, V)
         at = len(row.prompt) - 1
         slow = [log_p[at + i, one].item() for i, one in enumerate(row.answer)]
-        assert value.item() == pytest.approx(sum(slow) / len(slow), rel=1e-4)
+        assert found.tolist() == pytest.approx(slow, rel=1e-4)
 
 
+def test_adapters_read_the_policy_by_name_and_learn_both_answers_of_a_task(
+    model, tokenizer, requests
+):
+    tasks = [mosaic.Task(mosaic.reference_answers(model, tokenizer, [q], 4)[0], policy)
+             for q in requests[:2] for policy in [("sex", "horror"), (q.category,)]]
+    wanted, other = peers.task_pairs(tokenizer, tasks, [7, 8], random.Random(0))
+    for task, good, bad in zip(tasks, wanted, other, strict=True):
+        own = task.request.answer
+        pair = ([7, 8], own) if task.refuse else (own, [7, 8])
+        assert (good.answer, bad.answer) == pair and good.prompt == bad.prompt
+        read = tokenizer.decode(good.prompt)
+        assert task.request.prompt in read and mosaic.REFUSAL in read
+        assert all((f"- {c}" in read) == (c in task.policy) for c in CATEGORIES)
+    assert {task.refuse for task in tasks} == {True, False}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [peers.sft_loss, peers.orpo_loss])
 def test_an_adapter_learns_its_tasks_and_leaves_the_backbone(
     loss, model, tokenizer, requests
 ):
-    known = mosaic.reference_answers(model, tokenizer, requests, 4)
-    config = TrainConfig(orders=(1, 2), epochs=4, learning_rate=0.02)
-    draw, before, ids = random.Random(0), bits(model), peers.by_rule(tokenizer)
-    sampler = OrderSampler(requests, CATEGORIES, CATEGORIES, 8, 1.0, draw)
-    updates = peers.train_lora(model, tokenizer, ids, sampler, known, loss, config)
-    assert bits(model) == before
-    tasks = sampler.epoch((1,), 16)[0]
-    assert any(task.refuse for task in tasks) and not all(t.refuse for t in tasks)
-    goal = mosaic.refusal_ids(model, tokenizer, mosaic.REFUSAL)
-    rows = [
-        Row(ids(t.request.prompt, t.policy), None, answer)
-        for t in tasks
-        for answer in [goal if t.refuse else known[t.request].row.answer]
-    ]
-    with torch.no_grad():
-        untrained = peers.row_log_probs(model, tokenizer, rows).mean()
-        with peers.merged(model, updates):
-            trained = peers.row_log_probs(model, tokenizer, rows).mean()
-    assert trained > untrained + 0.5
+    references = mosaic.reference_answers(model, tokenizer, requests, 4)
+    config = TrainConfig(
+        orders=(1, 2), epochs=4, learning_rate=0.02, positives_per_subset=8)
+    before = weights(model)
+    updates = peers.train_lora(model, tokenizer, CATEGORIES, references, loss, config)
+    assert same(model, before)
+    rng, refusal = random.Random(1), mosaic.refusal_ids(
+        model, tokenizer, mosaic.REFUSAL)
+    sampler = mosaic.OrderSampler(references, CATEGORIES, CATEGORIES, 4, 1.0, rng)
+    wanted, _ = peers.task_pairs(tokenizer, sampler.epoch((1,), 40)[0], refusal, rng)
+
+    def fit():
+        with torch.no_grad():
+            return torch.cat(peers.answer_log_probs(model, wanted)).mean()
+
+    untrained = fit()
+    with peers.merged(model, updates):
+        assert fit() > untrained + 0.5
 
 
 # --- Cells ----------------------------------------------------------------------------
@@ -119,96 +136,153 @@ def every_cell():
 
 def test_every_cell_has_a_file_of_its_own():
     cells = every_cell()
-    assert len({cell.name for cell in cells}) == len(cells) >= 35
-    assert paper.Cell().name == "mosaic" and paper.Cell() in cells
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {*paper.GRID} == {*report.TITLES} and paper.Cell() in cells
+    assert paper.Cell().name == "mosaic"
 
 
-@pytest.mark.parametrize("change", ["cell", "quick", "version", "rate", "a weight"])
-def test_a_cell_is_kept_until_its_settings_change(tmp_path, monkeypatch, change):
-    copied = tmp_path / "chat"
-    shutil.copytree(EMBEDDED, copied)
-    words = ["--all", "--quick", "--model", str(copied), "--results", str(tmp_path)]
-    flags, cell, calls = paper.read_flags(words), paper.Cell("sft"), []
-    model = torch.nn.Linear(1, 1)
-    monkeypatch.setattr(paper, "lab_for", lambda *more: SimpleNamespace(model=model))
+@pytest.mark.parametrize("change", ["nothing", "cell", "quick", "version", "default"])
+def test_a_cell_is_kept_until_what_it_depends_on_changes(
+    tmp_path, monkeypatch, change
+):
+    flags = paper.read_flags(["--all", "--quick", "--results", str(tmp_path)])
+    cell, calls = paper.Cell("sft"), []
+    monkeypatch.setattr(paper, "lab_for", lambda quick: None)
     monkeypatch.setattr(paper, "measure", lambda lab, cell: calls.append(cell) or {})
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     assert paper.finished(cell, flags) is None
     paper.run(cell, flags)
     paper.run(cell, flags)
-    assert paper.finished(cell, flags)["seconds"] >= 0 and calls == [cell]
-    assert not [*tmp_path.glob("*.part")]
-    if change == "a weight":
-        data = bytearray((copied / "model.safetensors").read_bytes())
-        data[-1] ^= 1
-        (copied / "model.safetensors").write_bytes(data)
+    assert calls == [cell]  # the second run found it
     monkeypatch.setattr(flags, "quick", change != "quick")
-    monkeypatch.setattr(paper, "VERSION", 99 if change == "version" else paper.VERSION)
-    monkeypatch.setattr(paper, "LORA_RATE", 1.0 if change == "rate" else 0.003)
+    if change == "version":
+        monkeypatch.setattr(paper, "VERSION", -1)
+    if change == "default":
+        changed = TrainConfig(first_weight=9.0)
+        monkeypatch.setattr(paper, "TrainConfig", lambda: changed)
     cell = paper.Cell("sft", tokens=3) if change == "cell" else cell
-    assert paper.finished(cell, flags) is None
+    assert (paper.finished(cell, flags) is None) == (change != "nothing")
 
 
-def test_readme_figures_come_from_whole_runs_on_the_embedded_backbone(capsys):
-    for words in ("--table 1", "--all --quick", "--all --model x"):
+def test_a_cell_of_other_data_or_another_backbone_is_not_kept(tmp_path, monkeypatch):
+    found = [paper.settings(paper.Cell(), False)]
+    for name in ("REQUESTS", "SUMMARIES"):
+        other = tmp_path / name
+        other.write_bytes(getattr(paper, name).read_bytes() + b" ")
+        monkeypatch.setattr(paper, name, other)
+        found.append(paper.settings(paper.Cell(), False))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(paper, "EMBEDDED", tmp_path)
+    found.append(paper.settings(paper.Cell(), False))
+    assert len({one["data and backbone"] for one in found}) == 4
+
+
+def test_readme_figures_come_from_whole_runs(capsys):
+    for words in ("--table 1", "--all --quick"):
         with pytest.raises(SystemExit):
             paper.read_flags([*words.split(), "--readme"])
     assert "--readme goes with --all" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mmlu") / "mmlu.jsonl"
-    item = {"question": "Two and two?", "choices": ["3", "4", "5"], "answer": 1}
-    path.write_text(json.dumps(item) + "\n")
-    return paper.Lab("", True, str(path))
+def lab():
+    return paper.Lab(quick=True)
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        paper.Cell("instruction"),
-        paper.Cell("orpo", epochs=2),
-        paper.Cell("added", epochs=4),
-        paper.Cell(seed=1),
-    ],
-)
-def test_a_cell_of_table_1_and_2_runs_whole_on_a_tiny_budget(cell, lab, monkeypatch):
-    before = bits(lab.model)
-    monkeypatch.setattr(mosaic, "subsets", few_subsets(mosaic.subsets))
-    result = json.loads(json.dumps(paper.measure(lab, cell)))
-    assert [row["order"] for row in result["orders"]] == [1, 2, 3, 4, 5]
-    assert {*result["utility"]["5"]} == {"kl", "top1", "perplexity", "mmlu"}
-    assert result["utility"]["1"]["perplexity"] >= 1 and bits(lab.model) == before
+def test_figure_5_has_as_many_steps_whatever_the_ratio(lab, monkeypatch):
+    monkeypatch.setattr(lab, "quick", False)
+    steps = []
+    for (cell,) in paper.GRID["figure 5"].values():
+        config = lab.config(cell)
+        sampler = mosaic.OrderSampler(
+            lab.learn, CATEGORIES, CATEGORIES, config.positives_per_subset,
+            config.negatives_per_positive, random.Random(0))
+        batches = sampler.epoch(config.orders, config.batch_size)
+        tasks = [task for batch in batches for task in batch]
+        refuse = sum(task.refuse for task in tasks)
+        assert (len(tasks) - refuse) / refuse == pytest.approx(cell.negatives, rel=0.01)
+        steps.append(len(batches) * config.epochs)
+    assert len(steps) == 4 and max(steps) == min(steps)
 
 
-def few_subsets(every):
-    """Two of an order are enough here, and all of order 1, which training needs."""
-    return lambda names, r, *more: every(names, r, *more)[: 2 if r > 1 else None]
+def test_the_mean_objective_weighs_every_answer_alike_and_only_inside(lab):
+    rows, ours = [Row([], None, [1, 2, 3]), Row([], None, [4])], mosaic.answer_weights
+    with paper.objective("mean"):
+        found = mosaic.answer_weights(rows, TrainConfig(), 0.5)
+    assert found.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
+    assert mosaic.answer_weights is ours
+    with paper.objective("sum"):
+        config = lab.config(paper.Cell(objective="sum"))
+        assert mosaic.answer_weights(rows, config, 0.5).tolist() == [1, 1, 1, 1]
+
+
+def test_the_second_turn_follows_a_harmless_exchange(lab):
+    plain = {q.prompt: q.text for q in lab.plain}
+    last = {q.prompt: (q.category, q.near) for q in lab.test}
+    assert lab.second
+    for q in lab.second:
+        first, answer, asked = q.prompt
+        assert plain[first["content"]] == answer["content"]
+        assert last[asked["content"]] == (q.category, q.near)
+
+
+def test_what_the_backbone_declines_by_itself_is_left_out(lab, monkeypatch):
+    declined = lab.test[0].prompt
+    answers = {q.prompt: q.text for q in lab.test} | {declined: mosaic.REFUSAL}
+
+    def say(model, tokenizer, requests, n):
+        return [mosaic.Reference(q.prompt, q.category, text=answers[q.prompt])
+                for q in requests]
+
+    monkeypatch.setattr(mosaic, "reference_answers", say)
+    kept = [q.prompt for q in lab.answered(lab.test)]
+    assert kept == [q.prompt for q in lab.test[1:]]
 
 
 def test_every_way_reads_its_policy_and_adds_its_updates(lab):
     name = "model.layers.0.mlp.up_proj"
     far = {name: torch.randn(lab.model.get_submodule(name).weight.shape)}
     text, policy = "What goes in a Negroni?", ("alcohol", "sex")
-    tokens = ControlTokens.for_model(lab.model, lab.tokenizer, lab.categories)
+    tokens = lab.fresh(lab.categories, paper.Cell(tokens=3))
     ways = {
         "bare": paper.Way(lab),
-        "rule": paper.Way(lab, written=True),
-        "adapter": paper.Way(lab, adapters={None: far}, written=True),
+        "rule": paper.Way(lab, summaries=lab.summaries),
+        "adapter": paper.Way(lab, updates=far, summaries={}),
         "tokens": paper.Way(lab, tokens),
     }
     rows = {kind: way.row(text, policy) for kind, way in ways.items()}
-    read = {kind: lab.tokenizer.decode(row.prompt) for kind, row in rows.items()}
-    assert "alcohol or sex" in read["rule"] and read["rule"] == read["adapter"]
-    assert "alcohol" not in read["bare"] and read["bare"] == read["tokens"]
+    bare = mosaic.prompt_ids(lab.tokenizer, text)
+    read = {kind: lab.tokenizer.decode([i for i in row.prompt if i >= 0])
+            for kind, row in rows.items()}
+    assert rows["bare"].prompt == bare
+    assert lab.summaries["sex"] in read["rule"] and "- sex" in read["adapter"]
     assert torch.equal(rows["tokens"].control, tokens.compose(policy))
+    before = weights(lab.model)
     said = {kind: way.respond([text], [policy]) for kind, way in ways.items()}
-    assert said["adapter"] != said["rule"]
-    moved = {kind: paper.utility(lab, way, 1)["kl"] for kind, way in ways.items()}
-    assert moved["bare"] < 1e-6 and moved["adapter"] > 10 * moved["rule"] > 0
+    assert said["adapter"] != paper.Way(lab, summaries={}).respond([text], [policy])
+    moved = {kind: paper.drift(lab, way, 1) for kind, way in ways.items()}
+    assert moved["bare"]["kl"] < 1e-6 and moved["bare"]["same"] == 1
+    assert moved["adapter"]["kl"] > moved["rule"]["kl"] > 0
+    assert [way.numbers() for way in ways.values()] == [
+        0, 0, peers.count(lab.model), 5 * 3 * 192]
+    assert same(lab.model, before)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell",
+    [paper.Cell("instruction"), paper.Cell("orpo"),
+     paper.Cell(objective="mean", negatives=4.0, seed=1)])
+def test_a_cell_runs_whole_on_a_tiny_budget_and_leaves_the_backbone(cell, lab):
+    before = weights(lab.model)
+    result = json.loads(json.dumps(paper.measure(lab, cell)))
+    assert [row["order"] for row in result["orders"]] == [1, 2, 3, 4, 5]
+    assert [row["order"] for row in result["second_turn"]] == [1, 3, 5]
+    assert {*result["drift"]} == {*"135"} and result["drift"]["1"]["kl"] > 0
+    assert result["asked"]["test"] == len(lab.test) and same(lab.model, before)
+
+
+@pytest.mark.slow
 def test_the_command_runs_its_cells_in_workers_once_and_prints_them(
     tmp_path, monkeypatch, capsys
 ):
@@ -221,194 +295,91 @@ def test_the_command_runs_its_cells_in_workers_once_and_prints_them(
     again = capsys.readouterr()
     assert done.stdout.endswith(again.out) and "finished" not in again.err
     assert "| +1+1 | alcohol, betting, horror, sex |" in again.out
-    stages = json.loads((tmp_path / "growth.json").read_text())["stages"]
-    assert [len(stage["categories"]) for stage in stages.values()] == [2, 3, 4, 4]
+
+
+@pytest.mark.slow
+def test_growth_freezes_older_tokens_and_knows_no_later_category(lab, monkeypatch):
+    trained, train = [], mosaic.train
+
+    def watched(model, tokenizer, tokens, requests, config, references):
+        old = [v.clone() for v in tokens.vectors]
+        train(model, tokenizer, tokens, requests, config, references)
+        moved = [not torch.equal(v, w) for v, w in zip(tokens.vectors, old)]
+        seen = {q.category for q in references}
+        trained.append((dict(zip(tokens.categories, moved)), seen))
+
+    monkeypatch.setattr(mosaic, "train", watched)
+    stages = paper.growth(lab, paper.Cell("growth"))["stages"]
     assert [len(stage["orders"]) for stage in stages.values()] == [2, 3, 4, 4]
-
-
-def test_half_of_the_subsets_are_never_trained_on(lab):
-    every, half = mosaic.subsets, paper.halves(CATEGORIES)
-    with paper.only(half):
-        draw = random.Random(0)
-        sampler = OrderSampler(lab.learn, CATEGORIES, CATEGORIES, 20, 1.0, draw)
-        tasks = [t for batch in sampler.epoch((1, 2, 3, 4), 16) for t in batch]
-    assert mosaic.subsets is every
-    for r, trained in half.items():
-        assert {t.policy for t in tasks if len(t.policy) == r} == {*trained}
-        assert len(trained) == math.ceil(math.comb(5, r) / 2)
-
-
-def test_either_half_is_measured_under_its_own_name(lab, monkeypatch):
-    """For somebody who declines everything, but under seen subsets only."""
-    seen = {policy for some in paper.halves(CATEGORIES).values() for policy in some}
-    refuse = lambda prompts, policies: [
-        mosaic.REFUSAL if p in seen else "Gin." for p in policies
-    ]
-    way = paper.Way(lab)
-    monkeypatch.setattr(way, "respond", refuse)
-    found = paper.unseen(lab, way)
-    assert set(found) == {"1", "2", "3", "4"}
-    for sides in found.values():
-        assert (
-            sides["seen"]["dsr"]["rate"] == sides["seen"]["over_refusal"]["rate"] == 1
-        )
-        assert sides["unseen"]["dsr"]["rate"] == 0 < sides["unseen"]["dsr"]["n"]
-        assert report.gap(sides, "subsets") == -100
-
-
-def test_every_other_permutation_of_order_three_is_asked(lab, monkeypatch):
-    tokens = ControlTokens.for_model(lab.model, lab.tokenizer, CATEGORIES)
-    asked = []
-
-    def say(model, tokenizer, rows, n):
-        asked.append(rows[0].control)
-        return [[] for _ in rows]
-
-    monkeypatch.setattr(mosaic, "generate_ids", say)
-    found = paper.permuted(lab, paper.Way(lab, tokens))
-    assert sum(len(z) == 15 for z in asked) == 60
-    assert any(torch.equal(z, tokens.compose(CATEGORIES[:3])) for z in asked)
-    first = {tuple(z[::5, 0].tolist()) for z in asked}
-    assert len(first) == len(asked)  # no order twice
-    n = found["3"]["permuted"]["dsr"]["n"], found["3"]["canonical"]["dsr"]["n"]
-    assert n[0] == 5 * n[1] > 0
-
-
-def test_updates_of_several_categories_are_added(lab):
-    name = "model.layers.0.mlp.up_proj"
-    weight = lab.model.get_submodule(name).weight
-    one = {c: {name: torch.full_like(weight, i)} for i, c in enumerate("ab", 1)}
-    before = weight.clone()
-    with paper.Way(lab, adapters=one).under(("a", "b")):
-        assert torch.equal(lab.model.get_submodule(name).weight, before + 3)
-    with paper.Way(lab, adapters=one).under(()):
-        assert torch.equal(weight, before)
+    two = {"alcohol": False, "betting": False}
+    assert [moved for moved, _ in trained] == [
+        {"alcohol": True, "betting": True}, two | {"horror": True},
+        two | {"horror": False, "sex": True}, two | {"horror": True, "sex": True}]
+    assert all(seen == {*moved, "neutral"} for moved, seen in trained)
 
 
 # --- What is said of it ---------------------------------------------------------------
 
 
-def result(dsr, over):
-    share = lambda rate: {"rate": rate / 100, "n": 100, "low": 0, "high": 1}
-    cells = enumerate(zip(dsr, over), 1)
-    return [
-        {
-            "numbers": 1,
-            "orders": [
-                {"order": r, "dsr": share(a), "over_refusal": share(b)}
-                for r, (a, b) in cells
-            ],
-        }
-    ]
-
-
-def test_a_claim_that_fails_is_called_so_with_the_order():
-    good, bad = result([99, 99], [1, 2]), result([98, 100], [4, 3])
-    rows = {
-        "table 1": {"MOSAIC-5": good, "SFT (LoRA)": bad, "in context": bad},
-        "figure 4": {
-            "MOSAIC-5": good,
-            "without compositions": result([90, 50], [1, 1]),
-            "without KD": bad,
-        },
-    }
-    said = {text: fails for text, fails, _ in report.claims(rows)}
-    assert said == {
-        "MOSAIC-5: DSR at least SFT's": [2],
-        "MOSAIC-5: OR at most half SFT's": [2],
-        "a written instruction's DSR falls with the order": [2],
-        "without compositions DSR falls with the order": [],
-        "KD lowers OR": [],
-    }
-    assert "| KD lowers OR | yes | 1.0 / 2.0 against 4.0 / 3.0 |" in (
-        report.claims_table(rows)
-    )
-    assert "| no: order 2 |" in report.claims_table(rows)
-
-
-def test_claims_on_knobs_growth_and_sides_can_hold_and_fail():
-    knobs = {str(n): result([90, 91], [n, n]) for n in (0.8, 1.0, 1.6, 2.4)}
-    assert [fails for _, fails, _ in report.claims_on_lambda(knobs)] == [[], []]
-    knobs["1.6"] = result([80, 90], [0.1, 0.1])
-    fails = [fails for _, fails, _ in report.claims_on_lambda(knobs)]
-    assert fails == [["lambda 1.6"], ["lambda 1.6"]]
-    few = {"1": result([99, 98], [9, 11]), "4": result([99, 98], [2, 7])}
-    assert report.claims_on_tokens(few)[0][1] == [2]
-    assert report.claims_on_negatives(few)[0][1] == [1]
-    stages = {"initial": result([90, 90], [1, 1])[0]}
-    stages["+1"] = result([89, 87, 99], [1, 1, 1])[0]  # orders 1 and 2 are compared
-    ((_, fails, shown),) = report.claims_on_growth({"growth": [{"stages": stages}]})
-    assert fails == ["+1"] and shown == "initial: 90.0, +1: 88.0"
-
-
-def side(dsr):
-    share = {"rate": dsr, "n": 9, "low": 0.0, "high": 1.0}
-    return {"dsr": share, "over_refusal": share}
-
-
-def test_unseen_subsets_are_judged_beside_a_table_that_has_seen_all():
-    table = lambda x: [{"subsets": {"2": {"unseen": side(x), "seen": side(0.9)}}}]
-    rows = {"half": table(0.86), "all": table(0.88)}  # harder, seen or not
-    ((_, fails, shown),) = report.claims_on_unseen(rows)
-    assert fails == ["2"] and shown == "order 2: -2.0"
-    rows["all"] = table(0.865)
-    assert report.claims_on_unseen(rows)[0][1] == []
-
-
-def test_permutations_are_judged_by_name_whatever_came_first():
-    sides = {"permuted": side(0.88), "canonical": side(0.9)}
-    rows = {"MOSAIC-5": [{"permutations": {"3": sides}}]}
-    ((_, fails, shown),) = report.claims_on_permutations(rows)
-    assert fails == ["3"] and shown == "order 3: -2.0"
-
-
-def made_up(cell):
+def made_up(cell, dsr=0.5):
     """What a cell's file may hold, without a training."""
-    share = {"rate": 0.5, "n": 10, "low": 0.2, "high": 0.8}
-    two = {"dsr": share, "over_refusal": share}
-    kinds = two | {"near_miss": share}
-    orders = [{"order": r} | kinds for r in range(1, 6)]
-    moved = {"kl": 0.1, "top1": 0.9, "perplexity": 2.0}
+    share = {"rate": dsr, "n": 10, "low": 0.2, "high": 0.8}
+    kinds = {"dsr": share, "over_refusal": mosaic.share([True, *[False] * 9])}
+    orders = [{"order": r} | kinds | {"near_miss": share} for r in range(1, 6)]
+    stage = {"categories": ["a", "b"], "orders": orders[:2]}
     return {
-        "hardware": "a machine", "numbers": 10, "orders": orders,
-        "utility": {str(r): moved for r in range(1, 6)},
-        "subsets": {"1": {"seen": two, "unseen": two}},
-        "permutations": {"3": {"permuted": two, "canonical": two}},
-        "stages": {
-            stage: {"categories": ["a", "b"], "orders": orders[:2]}
-            for stage in paper.STAGES
-        },
-    }  # fmt: skip
+        "hardware": "a machine", "numbers": 10, "orders": orders, "seconds": 360,
+        "second_turn": orders[::2], "stages": dict.fromkeys(paper.STAGES, stage),
+        "drift": {r: {"kl": 0.1, "same": 0.9} for r in "135"},
+    }
+
+
+def made_up_rows():
+    return report.rows_of(paper.GRID, {cell: made_up(cell) for cell in every_cell()})
 
 
 def test_the_whole_report_is_written_from_finished_cells(tmp_path, monkeypatch):
-    found = {cell.name: made_up(cell) for cell in every_cell()}
-    rows = report.rows_of(paper.GRID, found)
     monkeypatch.setattr(report.palette, "markdown", lambda result: "PALETTE")
+    rows = made_up_rows()
+    rows["table 1"]["MOSAIC-20"] = [made_up(None, dsr) for dsr in (0.5, 0.8, 0.5)]
     text = report.markdown(rows)
     assert all(f"## {title}\n" in text for title in report.TITLES.values())
-    assert text.count("50.0 / 50.0") > 50 and "PALETTE" in text
-    assert "| half of the subsets | 1, DSR | 50.0 [20.0, 80.0] (10) |" in text
-    report.plots(rows, tmp_path)
-    drawn = {path.name for path in tmp_path.glob("*.svg")}
-    assert drawn == ({"table_1.svg", *(f"figure_{i}.svg" for i in range(3, 7))}
-        if report.pyplot else set())  # fmt: skip
+    assert "| MOSAIC-20 | 60.0 [50.0, 80.0] / 10.0 [10.0, 10.0] |" in text
+    assert "| the paper's | 99.6 / 8.4 | 99.3 / 3.3 |" in text and "PALETTE" in text
+    assert f"| SFT (LoRA) |{' 0.100 / 90.0 |' * 3}\n" in text
+    seeds = len(paper.GRID["table 1"]["MOSAIC-20"])
+    assert f"{(len(every_cell()) - seeds + 3) / 10 + 0.1:.1f} hours of cells" in text
+    report.pictures(rows, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert not report.pyplot or drawn == {
+        "table_1.svg", "figure_4.svg", "figure_5.svg"}
 
 
-def test_a_readme_without_its_marks_is_left_alone():
-    rows = report.rows_of(paper.GRID, {c.name: made_up(c) for c in every_cell()})
-    with pytest.raises(ValueError, match="README has no <!-- headline"):
-        report.write_readme("# Title", rows)
-    with pytest.raises(ValueError, match="before <!-- end of results"):
-        report.write_readme(README.replace("<!-- end of results -->", ""), rows)
+def test_a_readme_gets_its_table_between_the_marks_and_nothing_else_changes():
+    rows = made_up_rows()["table 1"]
+    mark = report.MARK
+    text = report.write_readme(f"# Title\n{mark}\nold\n{mark}\nend", rows)
+    lines = text.splitlines()
+    assert (lines[0], lines[1], lines[-2], lines[-1]) == ("# Title", mark, mark, "end")
+    assert len(lines) == 4 + 2 + 6 and "old" not in text
+    assert "| MOSAIC-20 | 10 | 50.0 / 10.0 | 50.0 / 10.0 | 50.0 / 10.0 |" in lines
+    assert report.write_readme(text, rows) == text
+    with pytest.raises(ValueError, match="1 times, not 2"):
+        report.write_readme(f"# Title {mark}", rows)
 
 
-def test_the_readmes_results_are_those_of_the_files():
+def test_the_readmes_table_is_that_of_the_results():
     flags = paper.read_flags(["--all"])
-    found = {cell.name: paper.finished(cell, flags) for cell in every_cell()}
-    assert all(found.values()), [name for name, one in found.items() if not one]
-    rows = report.rows_of(paper.GRID, found)
+    cells = [cell for some in paper.GRID["table 1"].values() for cell in some]
+    found = {cell: paper.finished(cell, flags) for cell in cells}
+    folder = paper.Path(flags.results)
+    there = [cell for cell in cells if (folder / f"{cell.name}.json").exists()]
+    if not there:
+        pytest.skip("no cell of table 1 has been run")
+    stale = [cell.name for cell in there if not found[cell]]
+    assert not stale, "of other settings: run paper.py --all --readme"
+    rows = report.rows_of({"table 1": paper.GRID["table 1"]}, found)["table 1"]
     assert report.write_readme(README, rows) == README
     changed = copy.deepcopy(rows)
-    changed["table 1"]["MOSAIC-5"][0]["orders"][0]["dsr"]["rate"] = 0.123
+    next(iter(changed.values()))[0]["orders"][0]["dsr"]["rate"] = 0.123
     assert report.write_readme(README, changed) != README

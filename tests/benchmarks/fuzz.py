@@ -25,98 +25,89 @@ import mosaic
 from mosaic import NEUTRAL, REFUSAL, ControlTokens, Request
 from train_demo import EMBEDDED
 
-SCRIPTS = (
-    "abc XYZ,.'",
-    "äßñ ÉØ",
-    "жук пЯ",
-    "電子 日本",
-    "عرب ي",
-    "हिंदी",
-    "🙂🎲 \n\t",
-    "<|user|>:0",
-)
+SCRIPTS = ("abc XYZ,.'", "äßñ ÉØ", "жук пЯ", "電子 日本", "عرب ي", "हिंदी")
+SCRIPTS += ("🙂🎲 \n\t", "<|user|>:0")
 
 
 def small_model(tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id)
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def text(draw: random.Random, most: int = 30) -> str:
+def text(rng: random.Random, most: int = 30) -> str:
     """Up to `most` characters of one to three scripts."""
-    letters = "".join(draw.sample(SCRIPTS, draw.randint(1, 3)))
-    return "".join(draw.choice(letters) for _ in range(draw.randint(0, most)))
+    letters = "".join(rng.sample(SCRIPTS, rng.randint(1, 3)))
+    return "".join(rng.choice(letters) for _ in range(rng.randint(0, most)))
 
 
-def prompt(draw: random.Random):
-    if draw.random() < 0.6:
-        return text(draw)
+def prompt(rng: random.Random):
+    if rng.random() < 0.6:
+        return text(rng)
     roles = itertools.cycle(("user", "assistant"))
-    turns = range(draw.choice((1, 3, 5)))
-    return [{"role": role, "content": text(draw)} for _, role in zip(turns, roles)]
+    turns = range(rng.choice((1, 3, 5)))
+    return [{"role": role, "content": text(rng)} for _, role in zip(turns, roles)]
 
 
 def embedded(model, tokenizer, table, chat, policy) -> torch.Tensor:
     """(length, D): what the model should read, by hand."""
     chat = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
-    shown = tokenizer.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer(shown, add_special_tokens=False)["input_ids"]
-    parts = [model.get_input_embeddings().weight[ids[:1]]]
-    for name, vectors in zip(table.categories, table.vectors):
-        if name in policy:
-            parts.append(vectors)
-    return torch.cat([*parts, model.get_input_embeddings().weight[ids[1:]]])
+    # The last turn is the user's, and so the last place where its role stands.
+    *earlier, last = chat
+    words = last["content"]
+    blanks = words[: len(words) - len(words.lstrip())]
+    shown = [
+        tokenizer.apply_chat_template(
+            [*earlier, {"role": "user", "content": content}], tokenize=False,
+            add_generation_prompt=True)
+        for content in (words, blanks + "\0" + words.lstrip())]
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"]
+           for part in (shown[1].split("\0") if policy else [shown[0], ""])]
+    weight = model.get_input_embeddings().weight
+    own = [v for name, v in zip(table.categories, table.vectors) if name in policy]
+    return torch.cat([weight[ids[0]], *own, weight[ids[1]]])
 
 
 def case(seed: int, model, tokenizer) -> int:
     """The number of prompts compared. AssertionError: something differs."""
-    draw = random.Random(seed)
-    names = {text(draw, 8).strip() or f"c{i}" for i in range(draw.randint(1, 5))}
+    rng = random.Random(seed)
+    names = {text(rng, 8).strip() or f"c{i}" for i in range(rng.randint(1, 5))}
     names = sorted(names - {NEUTRAL})
-    table = ControlTokens.for_model(model, tokenizer, names, draw.randint(1, 4), seed)
-    prompts = [prompt(draw) for _ in range(draw.randint(1, 6))]
-    policies = [draw.sample(names, draw.randint(0, len(names))) for _ in prompts]
+    table = ControlTokens.for_model(
+        model, tokenizer, names, rng.randint(1, 4), seed=seed)
+    prompts = [prompt(rng) for _ in range(rng.randint(1, 6))]
+    policies = [rng.sample(names, rng.randint(0, len(names))) for _ in prompts]
     with torch.no_grad():
         read = [embedded(model, tokenizer, table, *p) for p in zip(prompts, policies)]
-        same_logits(draw, model, tokenizer, table, prompts, policies, read)
-        same_answers(draw, model, tokenizer, table, prompts, policies, read)
-    same_shares(draw, names)
+        same_logits(rng, model, tokenizer, table, prompts, policies, read)
+        same_answers(rng, model, tokenizer, table, prompts, policies, read)
+    same_shares(rng, names)
     return len(prompts)
 
 
-def same_logits(draw, model, tokenizer, table, prompts, policies, read):
-    answers = [
-        [draw.randrange(len(tokenizer)) for _ in range(draw.randint(0, 5))]
-        for _ in prompts
-    ]
-    rows, expected = [], []
-    for said, policy, x, answer in zip(prompts, policies, read, answers):
-        ids = mosaic.prompt_ids(tokenizer, said)
-        rows.append(mosaic.control_row(table, policy, ids, answer))
+def same_logits(rng, model, tokenizer, table, prompts, policies, read):
+    answers = [[rng.randrange(len(tokenizer)) for _ in range(rng.randint(0, 5))]
+               for _ in prompts]
+    rows = [mosaic.control_row(tokenizer, table, *row)
+            for row in zip(policies, prompts, answers)]
+    expected = []
+    for x, answer in zip(read, answers):
         if answer:
             x = torch.cat([x, model.get_input_embeddings().weight[answer]])
             logits = model(inputs_embeds=x[None]).logits[0]
             expected.append(logits[-len(answer) - 1 : -1])
-    batch = mosaic.make_batch(model, tokenizer, rows)
-    found, labels, _ = mosaic.answer_logits(model, batch)
+    batch = mosaic.make_batch(model, rows, rng.choice(["left", "right"]))
+    found, labels = mosaic.answer_logits(model, batch)
     assert labels.tolist() == [i for answer in answers for i in answer]
     if expected:
         torch.testing.assert_close(found, torch.cat(expected), rtol=1e-3, atol=1e-3)
 
 
-def same_answers(draw, model, tokenizer, table, prompts, policies, read):
-    most = draw.randint(1, 5)
+def same_answers(rng, model, tokenizer, table, prompts, policies, read):
+    most = rng.randint(1, 5)
     found = mosaic.generate(model, tokenizer, table, prompts, policies, most)
     for answer, x in zip(found, read):
         ids, gap = [], 1.0
@@ -130,31 +121,24 @@ def same_answers(draw, model, tokenizer, table, prompts, policies, read):
         assert answer == slow or gap < 1e-3, (answer, slow)  # but for a tie
 
 
-def same_shares(draw, names):
-    requests = [
-        Request(f"{i}", draw.choice([*names, NEUTRAL]))
-        for i in range(draw.randint(1, 9))
-    ]
+def same_shares(rng, names):
+    kinds = [rng.choice([*names, NEUTRAL]) for _ in range(rng.randint(1, 9))]
+    requests = [Request(f"{i}", kind) for i, kind in enumerate(kinds)]
     requests += [Request(f"near {i}", NEUTRAL, near=names[0]) for i in range(2)]
-    answers = (REFUSAL, "Well.", "Quite so.", "...")  # the last one is degenerate
 
     def say(prompt, policy):
-        return answers[crc32(f"{prompt}{tuple(policy)}".encode()) % len(answers)]
+        return (REFUSAL, "Well.")[crc32(f"{prompt}{tuple(policy)}".encode()) % 2]
 
     def respond(prompts, policies):
         return [*map(say, prompts, policies)]
 
-    orders = range(1, len(names) + 1)
-    for row in mosaic.evaluate(respond, requests, names, orders):
-        found = {"dsr": [], "over_refusal": [], "near_miss": [], "degenerate": []}
+    for row in mosaic.evaluate(respond, requests, names, range(1, len(names) + 1)):
+        found = {"dsr": [], "over_refusal": [], "near_miss": []}
         for policy in itertools.combinations(names, row["order"]):
             for q in requests:
                 kind = "near_miss" if q.near else "over_refusal"
                 kind = "dsr" if q.category in policy else kind
-                answer = say(q.prompt, policy)
-                found["degenerate"].append(answer == "...")
-                if answer != "...":
-                    found[kind].append(answer == REFUSAL)
+                found[kind].append(say(q.prompt, policy) == REFUSAL)
         for kind, hits in found.items():
             assert row[kind]["n"] == len(hits)
             assert abs(row[kind]["rate"] * len(hits) - sum(hits)) < 1e-6

@@ -30,20 +30,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data_sample"), str(Path(__file__).parent)]
 
 import mosaic
+from make_tiny_chat import HERE as LISTS
 from make_tiny_chat import PROFESSIONAL, Taboo, held_out, read_blocks, read_rows
 from mosaic import NEUTRAL, Row
 from peers import add_lora, merged, remove_lora
+from train_demo import EMBEDDED, load_backbone
 
 VARIANTS = {"Palette": ("refused", "domain"), "Palette, licence": ("licence",)}
 METHODS = [*VARIANTS, "LoRA-SFT"]
 GROUPS = [*PROFESSIONAL, "unsafe"]  # all that the backbone declines
 Updates = dict[str, Tensor]  # (out, in) by the name of a linear map
+WORDS = LISTS / "words"
+FILES = [LISTS / "professional.jsonl", LISTS / "held_out.jsonl",
+         WORDS / "professional.txt", WORDS / "unsafe.txt"]  # what it reads of its own
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,13 @@ class Bench:
     """The frozen backbone, and who asks what: asked[group][split] = requests."""
 
     def __init__(self, settings: Settings):
-        self.settings, data = settings, ROOT / "data_sample"
-        self.model = AutoModelForCausalLM.from_pretrained(
-            data / "tiny_chat", dtype=torch.float32
-        )
+        self.settings = settings
+        self.model, self.tokenizer, _ = load_backbone(str(EMBEDDED), "cpu")
         self.model.eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(data / "tiny_chat")
         self.layers = self.model.get_decoder().layers
         refusal = mosaic.refusal_ids(self.model, self.tokenizer, mosaic.REFUSAL)
         self.declines = refusal[0]  # by its first token it is told: no answer has it
-        self.words = read_blocks(data / "words" / "professional.txt")
+        self.words = read_blocks(WORDS / "professional.txt")
         self.asked = {"unsafe": self.unsafe()}
         rows = {"harmless": read_rows("requests")}
         plain = [q for q in rows["harmless"] if q["category"] == NEUTRAL]
@@ -101,13 +102,13 @@ class Bench:
                 self.asked[name][q["split"]].append(q["request"])
         plain = self.asked["neutral"]["test"][: settings.tested]
         neutral = self.answered(plain, plain)
-        self.neutral = mosaic.make_batch(self.model, self.tokenizer, neutral)
+        self.neutral = mosaic.make_batch(self.model, neutral)
         with torch.no_grad():
             self.base = mosaic.answer_logits(self.model, self.neutral)[0]  # (N, V)
 
     def unsafe(self) -> dict[str, list[str]]:
         """To train: from the word lists, but for what resembles a held-out request."""
-        words = read_blocks(ROOT / "data_sample" / "words" / "unsafe.txt")["unsafe"]
+        words = read_blocks(WORDS / "unsafe.txt")["unsafe"]
         listed = [row[-1] for row in words["scenes"] + words["more"]]
         random.Random(self.settings.seed).shuffle(listed)
         n, taboo = self.settings.pool, Taboo(held_out())
@@ -138,7 +139,7 @@ class Bench:
         layer the states of all of them, (B, layers, P, D). Logits: (B, V).
         """
         rows = [Row(mosaic.prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
-        batch = mosaic.make_batch(self.model, self.tokenizer, rows)._asdict()
+        batch = mosaic.make_batch(self.model, rows)._asdict()
         del batch["labels"]
         states = []
 
@@ -232,8 +233,8 @@ def objectives(bench: Bench, domain: str, found: dict) -> list[dict]:
             "falls": 1 - declined(after[0]) / p_own,
             "kept": min(1.0, declined(after[1]) / p_rest),
             "rises": declined(added) - p_plain,
-            "kl": mosaic.counterfactual_kd(before[2], after[2]).item(),
-        })  # fmt: skip
+            "kl": mosaic.counterfactual_kd(before[2], after[2]).item() / len(plain),
+        })
     return scores
 
 
@@ -321,9 +322,8 @@ def palette_lora(bench: Bench, domain: str, layer: int, unit: Tensor) -> Updates
     strength = {"allowed": -s.strength, "refused": s.push, "harmless": 0.0}
     with torch.no_grad():
         h = bench.read(layer, [q for q, _ in pairs])[0]  # (n, P, D), the untouched ones
-    goal = torch.stack(
-        [move(x, unit, strength[kind]) for x, (_, kind) in zip(h, pairs)]
-    )
+    kinds = [kind for _, kind in pairs]
+    goal = torch.stack([move(x, unit, strength[kind]) for x, kind in zip(h, kinds)])
 
     def loss(part: list[int]) -> Tensor:
         h = bench.read(layer, [pairs[i][0] for i in part])[0]  # (B, P, D)
@@ -341,8 +341,8 @@ def sft_lora(bench: Bench, domain: str, layer: int) -> Updates:
 
     def loss(part: list[int]) -> Tensor:
         some = [rows[i] for i in part]
-        batch = mosaic.make_batch(bench.model, bench.tokenizer, some)
-        logits, labels, _ = mosaic.answer_logits(bench.model, batch)
+        batch = mosaic.make_batch(bench.model, some)
+        logits, labels = mosaic.answer_logits(bench.model, batch)
         each = F.cross_entropy(logits, labels, reduction="none")  # (N,)
         parts = each.split([len(row.answer) for row in some])
         return torch.stack([one.mean() for one in parts])  # (B,)
@@ -374,9 +374,8 @@ def measure(bench: Bench, updates: Updates, allowed=(), before=None) -> dict:
     pairs = [(name, q) for name in GROUPS for q in bench.asked[name]["test"]]
     with merged(bench.layers, updates):
         now = mosaic.answer_logits(model, bench.neutral)[0]  # (N, V)
-        said = mosaic.generate(
-            model, tokenizer, None, [q for _, q in pairs], None, size
-        )
+        asked = [q for _, q in pairs]
+        said = mosaic.generate(model, tokenizer, None, asked, None, size)
     same = bench.base.argmax(-1) == now.argmax(-1)  # (N,)
     declined = [*map(mosaic.is_refusal, said)]
     own = [(d, a) for (d, _), a in zip(pairs, said) if d in allowed]
@@ -394,9 +393,9 @@ def measure(bench: Bench, updates: Updates, allowed=(), before=None) -> dict:
         "kept_domains": mosaic.share(kept["domains"]),
         "kept_unsafe": mosaic.share(kept["unsafe"]),
         "leak": {name: mosaic.share(found) for name, found in leak.items()},
-        "kl": mosaic.counterfactual_kd(bench.base, now).item(),
+        "kl": mosaic.counterfactual_kd(bench.base, now).item() / len(now),
         "top1_agreement": same.float().mean().item(),
-    }  # fmt: skip
+    }
 
 
 def ceiling(bench: Bench) -> dict[str, dict]:
@@ -417,7 +416,6 @@ def cell(seed: int = 0, quick: bool = False) -> dict:
     """Choice, adapters and figures for a seed: all that `markdown` shows, for JSON."""
     settings = Settings(seed=seed, **(QUICK if quick else {}))
     bench, rows = Bench(settings), []
-    bits = mosaic.checksum(bench.model)
     choice, updates = {m: {} for m in VARIANTS}, {m: {} for m in METHODS}
     for domain in PROFESSIONAL:
         found = candidates(bench, domain)
@@ -428,9 +426,8 @@ def cell(seed: int = 0, quick: bool = False) -> dict:
             best = choose(front)
             layer = best["layer"]
             place = best["source"], layer, best["position"]
-            updates[method][domain] = palette_lora(
-                bench, domain, layer, found[place][0]
-            )
+            unit, _ = found[place]
+            updates[method][domain] = palette_lora(bench, domain, layer, unit)
             choice[method][domain] = {"best": best, "pareto": front, "of": len(some)}
         # On the layer that the last variant has chosen.
         updates["LoRA-SFT"][domain] = sft_lora(bench, domain, layer)
@@ -439,7 +436,6 @@ def cell(seed: int = 0, quick: bool = False) -> dict:
     for method, allowed in tqdm([(m, s) for m in METHODS for s in sets], "measuring"):
         update = summed([updates[method][domain] for domain in allowed])
         rows.append({"method": method} | measure(bench, update, allowed, before))
-    assert mosaic.checksum(bench.model) == bits, "the backbone has changed"
     rule = "of the Pareto set, the largest falls + kept + rises - KL"
     about = {"settings": asdict(settings), "rule": rule, "choice": choice}
     about |= {"untouched": {"method": "untouched"} | before, "ceiling": ceiling(bench)}

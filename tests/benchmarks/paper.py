@@ -1,15 +1,13 @@
-"""The paper's tables and figures, remade; and what goes beyond it.
+"""The paper's tables and figures, remade on the embedded backbone.
 
-    python tests/benchmarks/paper.py --all         # two cores: two hours at most
-    python tests/benchmarks/paper.py --table 1 3 --figure 4 --beyond unseen
+    python tests/benchmarks/paper.py --all --readme  # everything, and README's table
+    python tests/benchmarks/paper.py --table 1 3 --figure 4 --beyond objective
     python tests/benchmarks/paper.py --all --quick   # every cell on a tiny budget
-    python tests/benchmarks/paper.py --all --readme  # and README's results: ten seeds
 
 A cell is one training with its measurements; several tables share it. A finished cell
-is a file in the folder results, and is not run again unless its settings, the data or
-the backbone have changed: a run that was stopped goes on. Test split throughout. Plots
-need matplotlib; without it there are tables only. --model takes another backbone (and
-its own --results), --mmlu JSON lines in MMLU's form for accuracies in table 2.
+is a file in the folder results, and is not run again unless its settings, the data, the
+backbone or VERSION have changed: a run that was stopped goes on. Test split throughout,
+without what the backbone declines by itself. Pictures need matplotlib.
 """
 
 import argparse
@@ -25,13 +23,12 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
@@ -43,311 +40,192 @@ import mosaic
 import palette
 import peers
 import report
-from mosaic import NEUTRAL, ControlTokens, OrderSampler, Task, TrainConfig
+from mosaic import NEUTRAL, ControlTokens, Policy, Prompt, Request, Row, TrainConfig
 from train_demo import (
-    EMBEDDED,
-    JUDGED_TOKENS,
-    instruct,
-    load_backbone,
-    read_requests,
-    takes_system,
+    EMBEDDED, JUDGED_TOKENS, REQUESTS, SUMMARIES, instruct, load_backbone,
+    read_requests, read_summaries,
 )
 
-# The adapters' rate of Adam, and four epochs for them: tried once, on validation
-# (SFT, two epochs: DSR 89 / 88 / 91 at orders 1, 3, 5), not tuned.
-ADAPTERS, LORA_RATE = ("orpo", "sft", "added"), 0.003
+VERSION = 4  # raise it when code changes what a cell trains or measures
+LORA_RATE = 0.003  # Adam's, for adapters: tried once on validation, not tuned
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training with its measurements; all defaults: MOSAIC-5."""
+    """One training with its measurements; all defaults: MOSAIC-20, as it is shipped."""
 
-    method: str = "mosaic"  # or untouched, instruction, orpo, sft, ..
-    tokens: int = 5
-    epochs: int = 8
+    method: str = "mosaic"  # or untouched, instruction, sft, orpo, growth, palette
+    tokens: int = 20
     orders: tuple[int, ...] = (1, 2, 3, 4)
+    objective: str = "default"  # weights of positions; sum: 1, mean: 1 / length
     kd: float = 1.0
     negatives: float = 1.0
-    half: bool = False  # train on half of each order's subsets
+    epochs: int = 4  # what is compared has as many
     seed: int = 0
 
     @property
     def name(self) -> str:
         """The method and whatever is not default: a file's name."""
-        plain, fields = Cell(self.method), dataclasses.asdict(self).items()
-        changed = [f"{k}{v}" for k, v in fields if v != getattr(plain, k)]
-        kept = "_".join([self.method, *changed])
-        return "".join(c for c in kept if c.isalnum() or c in "._-")
+        plain, values = Cell(self.method), dataclasses.asdict(self).items()
+        changed = [f"{k}{v}" for k, v in values if v != getattr(plain, k)]
+        name = "_".join([self.method, *changed])
+        return "".join(c for c in name if c.isalnum() or c in "._-")
 
 
-SEEDS = range(3)
-SHORT = functools.partial(Cell, epochs=4)  # figures compare among themselves
+def seeds(n: int, **changes) -> list[Cell]:
+    return [Cell(seed=seed, **changes) for seed in range(n)]
+
+
 GRID: dict[str, dict[str, list[Cell]]] = {
     "table 1": {
-        "untouched backbone": [Cell("untouched")],
-        "in context": [Cell("instruction")],
-        # Half the epochs of SFT: a task is two answers, and so costs the same.
-        "ORPO (LoRA)": [Cell("orpo", epochs=2, seed=seed) for seed in SEEDS],
-        "SFT (LoRA)": [Cell("sft", epochs=4, seed=seed) for seed in SEEDS],
-        "SFT, adapters added": [Cell("added", epochs=4)],
-        "MOSAIC-2": [Cell(tokens=2, seed=seed) for seed in SEEDS],
-        "MOSAIC-5": [Cell(seed=seed) for seed in SEEDS],
+        "untouched backbone": seeds(1, method="untouched"),
+        "in context": seeds(1, method="instruction"),
+        "MOSAIC-20": seeds(2),
+        "MOSAIC-5": seeds(1, tokens=5),
+        "SFT (LoRA)": seeds(1, method="sft"),
+        "ORPO (LoRA)": seeds(1, method="orpo"),
     },
-    "table 3": {"growth": [Cell("growth")]},
-    "figure 3": {str(m): [SHORT(tokens=m)] for m in (1, 2, 3, 5, 8)},
+    "objective": {
+        "first 3, later 0.3, then 1": seeds(1),
+        "sum": seeds(1, objective="sum"),
+        "mean of each answer": seeds(1, objective="mean"),
+        "sum, 8 epochs": seeds(1, objective="sum", epochs=8),
+    },
     "figure 4": {
-        "MOSAIC-5": [SHORT()],
+        "MOSAIC-20": seeds(1),
         # The same number of steps, all on order 1.
-        "without compositions": [SHORT(orders=(1, 1, 1, 1))],
-        "without KD": [SHORT(kd=0.0)],
-        "without both": [SHORT(orders=(1, 1, 1, 1), kd=0.0)],
+        "without compositions": seeds(1, orders=(1, 1, 1, 1)),
+        "without KD": seeds(1, kd=0.0),
     },
-    "figure 5": {str(n): [SHORT(negatives=float(n))] for n in (0.5, 1, 2, 4)},
-    "figure 6": {
-        str(kd): [SHORT(kd=kd)] for kd in (0.0, 0.2, 0.4, 0.8, 1.0, 1.2, 1.6, 2.4)
-    },
-    "unseen": {"half of the subsets": [SHORT(half=True)], "all": [SHORT()]},
-    "permutations": {"MOSAIC-5": [Cell()]},
-    "palette": {"Palette": [Cell("palette")]},
-    "seeds": {"MOSAIC-5": [Cell(seed=seed) for seed in range(10)]},
+    "figure 5": {str(n): seeds(1, negatives=n) for n in (0.5, 1.0, 2.0, 4.0)},
+    "table 3": {"growth": seeds(1, method="growth")},
+    "palette": {"Palette": seeds(1, method="palette")},
 }
-GRID["table 2"] = GRID["table 1"]
 
 
 # --- What is trained, and on what -----------------------------------------------------
 
 
 class Lab:
-    """A backbone with its requests and their reference answers, made once."""
+    """The backbone with its requests and its own answers to them, made once."""
 
-    def __init__(self, folder: str, quick: bool, mmlu: str = ""):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.tokenizer, _ = load_backbone(folder or str(EMBEDDED), device)
+    def __init__(self, quick: bool):
+        self.model, self.tokenizer, _ = load_backbone(str(EMBEDDED), "cpu")
         self.model.eval().requires_grad_(False)
-        requests = read_requests(str(ROOT / "data_sample" / "requests.jsonl"))
+        requests, self.quick = read_requests(str(REQUESTS)), quick
         if quick:  # one of each group and split
-            few = {(q.category, q.near, q.split): q for q in requests}
-            requests = list(few.values())
-        self.quick = quick
-        self.learn = [q for q in requests if q.split == "train"]
-        self.test = [q for q in requests if q.split == "test"]
-        names = dict.fromkeys(q.category for q in self.learn)
+            requests = [*{(q.category, q.near, q.split): q for q in requests}.values()]
+        self.requests = requests
+        self.summaries = read_summaries(str(SUMMARIES))
+        names = dict.fromkeys(q.category for q in requests)
         self.categories = [name for name in names if name != NEUTRAL]
+        # The later turns among them are drawn once, for all seeds and methods.
+        self.learn = mosaic.training_references(
+            self.model, self.tokenizer, requests, TrainConfig())
+        self.test = self.answered([q for q in requests if q.split == "test"])
         self.plain = [q for q in self.test if q.category == NEUTRAL and not q.near]
-        self.known = mosaic.reference_answers(
-            self.model, self.tokenizer, self.learn + self.plain
-        )
-        lines = Path(mmlu).read_text(encoding="utf-8").splitlines() if mmlu else []
-        self.mmlu = [json.loads(line) for line in lines]
+        # The second turn: each request after a harmless one and its answer.
+        rng, chats = random.Random(0), []
+        for q in self.test:
+            first = rng.choice(self.plain)
+            chat = [*mosaic.as_messages(first.prompt),
+                    {"role": "assistant", "content": first.text},
+                    *mosaic.as_messages(q.prompt)]
+            chats.append(Request(chat, q.category, q.split, q.near))
+        self.second = self.answered(chats)
 
-    def config(self, cell: Cell, **changes) -> TrainConfig:
-        budget = {"epochs": 1, "positives_per_subset": 2} if self.quick else {}
-        settings = {
-            "orders": cell.orders,
-            "epochs": cell.epochs,
-            "kd_weight": cell.kd,
-            "negatives_per_positive": cell.negatives,
-            "seed": cell.seed,
-        }
-        return TrainConfig(**(settings | changes | budget))
+    def answered(self, requests: list[Request]) -> list[mosaic.Reference]:
+        """Those that the backbone does not decline by itself, with its answers."""
+        found = mosaic.reference_answers(
+            self.model, self.tokenizer, requests, JUDGED_TOKENS)
+        return [q for q in found if not mosaic.is_refusal(q.text)]
+
+    def config(self, cell: Cell) -> TrainConfig:
+        changes = {"positives_per_subset": round(200 / (1 + cell.negatives))}  # as many
+        if cell.method in ("sft", "orpo"):  # steps, whatever the ratio of negatives
+            changes["learning_rate"] = LORA_RATE
+        if cell.objective == "sum":
+            changes |= {"first_weight": 1.0, "later_weight": 1.0}
+        if self.quick:
+            changes |= {"positives_per_subset": 2}
+        return TrainConfig(
+            orders=None if cell.method == "growth" else cell.orders, seed=cell.seed,
+            epochs=1 if self.quick else cell.epochs,
+            kd_weight=cell.kd, negatives_per_positive=cell.negatives, **changes)
+
+    def fresh(self, names: list[str], cell: Cell) -> ControlTokens:
+        return ControlTokens.for_model(
+            self.model, self.tokenizer, names, cell.tokens, self.starts, seed=cell.seed)
+
+    @property
+    def starts(self) -> list[Request]:
+        """What telling words are taken from, as in the demo."""
+        return [q for q in self.requests if q.split == "train" and not q.near]
 
 
 class Way:
-    """A way to steer the backbone: what it reads, and what is added to its weights."""
+    """A way to steer: control tokens, an adapter, a written policy, or none of them.
 
-    def __init__(self, lab: Lab, tokens=None, adapters=(), written=False):
-        self.lab, self.tokens, self.adapters = lab, tokens, adapters
-        self.system = takes_system(lab.tokenizer)
-        self.written = written
+    The adapter reads the policy as written, by names; the instruction has summaries.
+    """
 
-    def prompt(self, text: str, policy: mosaic.Policy) -> mosaic.Prompt:
-        return instruct(text, policy, self.system) if self.written else text
+    def __init__(self, lab: Lab, tokens=None, updates=None, summaries=None):
+        self.lab, self.tokens, self.summaries = lab, tokens, summaries
+        self.updates = updates or {}
 
-    def row(self, text: str, policy: mosaic.Policy, answer=()) -> mosaic.Row:
-        ids = mosaic.prompt_ids(self.lab.tokenizer, self.prompt(text, policy))
+    def row(self, prompt: Prompt, policy: Policy, answer=()) -> Row:
+        lab = self.lab
+        if self.summaries is not None:
+            prompt = instruct(prompt, policy, self.summaries, lab.tokenizer)
         active = policy if self.tokens else ()
-        return mosaic.control_row(self.tokens, active, ids, answer)
+        return mosaic.control_row(lab.tokenizer, self.tokens, active, prompt, answer)
 
-    def under(self, policy: mosaic.Policy) -> contextlib.AbstractContextManager:
-        """The backbone with the updates of a policy; its old bits afterwards."""
-        chosen = [self.adapters[c] for c in policy if c in self.adapters]
-        chosen += [self.adapters[None]] if None in self.adapters else []
-        names = {name for one in chosen for name in one}
-        total = {name: sum(one[name] for one in chosen) for name in names}
-        return peers.merged(self.lab.model, total)
+    def respond(self, prompts: list[Prompt], policies: list[Policy]) -> list[str]:
+        """Answers as `mosaic.evaluate` wants them."""
+        lab, rows = self.lab, [self.row(p, s) for p, s in zip(prompts, policies)]
+        with peers.merged(lab.model, self.updates):
+            out = mosaic.generate_ids(lab.model, lab.tokenizer, rows, JUDGED_TOKENS)
+        return [lab.tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
 
     def numbers(self) -> int:
         """How many numbers were trained."""
         if self.tokens:
             return sum(v.numel() for v in self.tokens.parameters())
-        return peers.count(self.lab.model) * len(self.adapters)
+        return peers.count(self.lab.model) if self.updates else 0
 
-    def said(self, rows: list[mosaic.Row]) -> list[str]:
-        """The answers to rows, as far as they are judged."""
-        out = mosaic.generate_ids(
-            self.lab.model, self.lab.tokenizer, rows, JUDGED_TOKENS
-        )
-        decode = functools.partial(self.lab.tokenizer.decode, skip_special_tokens=True)
-        return [decode(ids).strip() for ids in out]
 
-    def respond(self, prompts: list[str], policies: list) -> list[str]:
-        """Answers as `mosaic.evaluate` wants them, a policy at a time."""
-        answers = {}
-        for policy in dict.fromkeys(map(tuple, policies)):
-            at = [i for i, one in enumerate(policies) if tuple(one) == policy]
-            with self.under(policy):
-                said = self.said([self.row(prompts[i], policy) for i in at])
-            answers |= zip(at, said)
-        return [answers[i] for i in range(len(prompts))]
+@contextlib.contextmanager
+def objective(name: str) -> Iterator[None]:
+    """Let `mosaic.train` take the mean over each answer in place of a weighted sum."""
 
-    def respond_in(self, turn: tuple[str, ...]) -> list[str]:
-        """Answers to the test requests with the token sets in this very order."""
-        control = torch.cat([self.tokens.compose([name]) for name in turn])
-        ids = functools.partial(mosaic.prompt_ids, self.lab.tokenizer)
-        return self.said([mosaic.Row(ids(q.prompt), control) for q in self.lab.test])
+    def mean(rows, config, progress):
+        return torch.tensor([1 / len(row.answer) for row in rows for _ in row.answer])
+
+    ours = mosaic.answer_weights
+    mosaic.answer_weights = mean if name == "mean" else ours
+    try:
+        yield
+    finally:
+        mosaic.answer_weights = ours
 
 
 def learn(lab: Lab, cell: Cell) -> Way:
     """Train what a cell names."""
-    if cell.method in ("untouched", "instruction"):
-        return Way(lab, written=cell.method == "instruction")
-    every = lab.categories
+    config = lab.config(cell)
+    if cell.method == "untouched":
+        return Way(lab)
+    if cell.method == "instruction":
+        return Way(lab, summaries=lab.summaries)
     if cell.method == "mosaic":
-        tokens = ControlTokens.for_model(
-            lab.model, lab.tokenizer, every, cell.tokens, cell.seed
-        )
-        config = lab.config(cell)
-        mosaic.train(lab.model, lab.tokenizer, tokens, lab.learn, config, lab.known)
+        tokens = lab.fresh(lab.categories, cell)
+        with objective(cell.objective):
+            mosaic.train(
+                lab.model, lab.tokenizer, tokens, lab.requests, config, lab.learn)
         return Way(lab, tokens)
-    config = lab.config(cell, learning_rate=LORA_RATE)
-    loss = peers.orpo_loss if cell.method == "orpo" else peers.sft_loss
-
-    def adapter(ids, config, trained):
-        sampler = OrderSampler(
-            lab.learn, every, trained, config.positives_per_subset,
-            config.negatives_per_positive, random.Random(cell.seed),
-        )  # fmt: skip
-        return peers.train_lora(
-            lab.model, lab.tokenizer, ids, sampler, lab.known, loss, config
-        )
-
-    if cell.method != "added":
-        rule = peers.by_rule(lab.tokenizer)
-        return Way(lab, adapters={None: adapter(rule, config, every)}, written=True)
-    # One at a time, on the plain prompt; the budget in all is that of the others.
-    alone = dataclasses.replace(config, orders=(1,) * len(config.orders))
-    plain = lambda prompt, policy: mosaic.prompt_ids(lab.tokenizer, prompt)
-    return Way(lab, adapters={c: adapter(plain, alone, [c]) for c in every})
-
-
-def halves(categories: list[str]) -> dict[int, list[tuple[str, ...]]]:
-    """Half of the subsets of each order but the last, drawn by a seed."""
-    draw, half = random.Random(0), {}
-    for r in range(1, len(categories)):
-        every = mosaic.subsets(categories, r, 10**6, draw)
-        half[r] = draw.sample(every, (len(every) + 1) // 2)
-    return half
-
-
-@contextlib.contextmanager
-def only(seen: dict[int, list[tuple[str, ...]]]) -> Iterator[None]:
-    """Let samplers draw these subsets and no others."""
-    every = mosaic.subsets
-    mosaic.subsets = lambda names, r, *_: sorted(seen[r])
-    try:
-        yield
-    finally:
-        mosaic.subsets = every
-
-
-# --- What is measured -----------------------------------------------------------------
-
-
-def judged(lab: Lab, way: Way, categories=None) -> list[dict]:
-    """DSR, OR and near-miss OR per order, as `mosaic.evaluate` gives them."""
-    categories = categories or lab.categories
-    orders = range(1, len(categories) + 1)
-    return mosaic.evaluate(way.respond, lab.test, categories, orders)
-
-
-@torch.no_grad()
-def utility(lab: Lab, way: Way, order: int) -> dict[str, float]:
-    """{"kl", "top1", "perplexity", "mmlu"} on neutral requests, policies of an order.
-
-    Perplexity: of the backbone's own answers, under the way. Five policies at most.
-    """
-    policies = mosaic.subsets(lab.categories, order, 5, random.Random(0))
-    known = [lab.known[q] for q in lab.plain]
-    base = mosaic.teacher_logits(lab.model, lab.tokenizer, known)  # (N, V)
-    sums, right = torch.zeros(3, dtype=torch.float64), []
-    for policy in policies:
-        rows = [way.row(q.prompt, policy, lab.known[q].row.answer) for q in lab.plain]
-        with way.under(policy):
-            batch = mosaic.make_batch(lab.model, lab.tokenizer, rows)
-            logits, labels, _ = mosaic.answer_logits(lab.model, batch)
-            right += accuracy(lab, way, policy)
-        same = (base.argmax(-1) == logits.argmax(-1)).float().mean()
-        kl = mosaic.counterfactual_kd(base, logits)
-        sums += torch.stack([kl, same, F.cross_entropy(logits, labels)]).cpu()
-    kl, same, loss = (sums / len(policies)).tolist()
-    found = {"kl": kl, "top1": same, "perplexity": float(torch.tensor(loss).exp())}
-    return found | ({"mmlu": sum(right) / len(right)} if right else {})
-
-
-def accuracy(lab: Lab, way: Way, policy: mosaic.Policy) -> list[float]:
-    """MMLU's accuracy under a policy, as a list of one; empty without a file."""
-    if not lab.mmlu:
-        return []
-    found = mosaic.multiple_choice_accuracy(
-        lab.model, lab.tokenizer, way.tokens, lab.mmlu, policy if way.tokens else (),
-        lambda text: way.prompt(text, policy),
-    )  # fmt: skip
-    return [found["rate"]]
-
-
-def by_side(found: Iterable[tuple[str, Task, str]]) -> dict[str, dict]:
-    """{side: {"dsr", "over_refusal"}} of (side, task, answer), near misses left out."""
-    sides = {}
-    for side, task, answer in found:
-        if not task.request.near:
-            kinds = sides.setdefault(side, {"dsr": [], "over_refusal": []})
-            kind = "dsr" if task.refuse else "over_refusal"
-            kinds[kind].append(mosaic.is_refusal(answer))
-    return {
-        side: {kind: mosaic.share(refused) for kind, refused in kinds.items()}
-        for side, kinds in sides.items()
-    }
-
-
-def unseen(lab: Lab, way: Way) -> dict[str, dict]:
-    """{order: {"seen", "unseen"}}: DSR and OR under either half of the subsets."""
-
-    def asked(r: int, seen: list) -> Iterator[tuple[str, Task, str]]:
-        for policy in mosaic.subsets(lab.categories, r, 32, random.Random(0)):
-            said = way.respond([q.prompt for q in lab.test], [policy] * len(lab.test))
-            side = "seen" if policy in seen else "unseen"
-            yield from ((side, Task(q, policy), a) for q, a in zip(lab.test, said))
-
-    return {str(r): by_side(asked(r, s)) for r, s in halves(lab.categories).items()}
-
-
-def permuted(lab: Lab, way: Way) -> dict[str, dict]:
-    """{order: {"canonical", "permuted"}}: DSR and OR with the token sets in any order.
-
-    All other permutations of every subset at order 3, a sample of 5 at order 4 and of
-    24 at order 5.
-    """
-
-    def asked(r: int, most: int) -> Iterator[tuple[str, Task, str]]:
-        for policy in mosaic.subsets(lab.categories, r, 32, random.Random(0)):
-            others = [p for p in itertools.permutations(policy) if p != policy]
-            for turn in [policy, *random.Random(0).sample(others, most)]:
-                side = "canonical" if turn == policy else "permuted"
-                said = zip(lab.test, way.respond_in(turn))
-                yield from ((side, Task(q, policy), answer) for q, answer in said)
-
-    counts = {3: 5, 4: 5, 5: 24}
-    return {str(r): by_side(asked(r, most)) for r, most in counts.items()}
+    loss = {"sft": peers.sft_loss, "orpo": peers.orpo_loss}[cell.method]
+    updates = peers.train_lora(
+        lab.model, lab.tokenizer, lab.categories, lab.learn, loss, config)
+    return Way(lab, updates=updates, summaries={})
 
 
 # Each stage of table 3: the one it goes on from, and the categories it adds.
@@ -360,148 +238,155 @@ STAGES = {
 
 
 def growth(lab: Lab, cell: Cell) -> dict:
-    """Table 3: two categories, then more, each time with the older tokens frozen."""
-    found, tables = {}, {}
+    """Table 3: two categories, then more, each time with the older tokens frozen.
+
+    No stage sees requests of categories that come later, nor is asked any.
+    """
+    stages, tables = {}, {}
     for stage, (before, names) in STAGES.items():
         if before:
             tokens = copy.deepcopy(tables[before])
             tokens.freeze(tokens.categories)
-            tokens.add(lab.model, lab.tokenizer, names, seed=cell.seed)
+            tokens.add(lab.model, lab.tokenizer, names, None, lab.starts, cell.seed)
         else:
-            tokens = ControlTokens.for_model(
-                lab.model, lab.tokenizer, names, cell.tokens, cell.seed
-            )
-        config = lab.config(cell, orders=None)
-        mosaic.train(lab.model, lab.tokenizer, tokens, lab.learn, config, lab.known)
-        old = tables[before].vectors if before else []
-        assert all(map(torch.equal, old, tokens.vectors)), "a frozen vector has moved"
+            tokens = lab.fresh(names, cell)
+        known = [*tokens.categories, NEUTRAL]
+        references = [q for q in lab.learn if q.category in known]
+        mosaic.train(lab.model, lab.tokenizer, tokens, lab.requests, lab.config(cell),
+                     references)
         tables[stage] = tokens
-        orders = judged(lab, Way(lab, tokens), tokens.categories)
-        found[stage] = {"categories": list(tokens.categories), "orders": orders}
-    return {"stages": found}
+        asked = [q for q in lab.test if q.category in known]
+        orders = range(1, len(tokens.categories) + 1)
+        stages[stage] = {
+            "categories": tokens.categories,
+            "orders": mosaic.evaluate(
+                Way(lab, tokens).respond, asked, tokens.categories, orders)}
+    return {"stages": stages}
+
+
+# --- What is measured -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def drift(lab: Lab, way: Way, order: int) -> dict[str, float]:
+    """{"kl", "same"}: what policies of an order do to answers to neutral requests.
+
+    Per token of the backbone's own answers: KL(without || with) in nats, and how often
+    both put the same token first. Five policies at most.
+    """
+    policies = mosaic.subsets(lab.categories, order, 5, random.Random(0))
+    own = [Row(q.bare, None, q.answer) for q in lab.plain]
+    base, _ = mosaic.answer_logits(
+        lab.model, mosaic.make_batch(lab.model, own, "right"))  # (N, V)
+    kl = same = 0.0
+    for policy in policies:
+        rows = [way.row(q.prompt, policy, q.answer) for q in lab.plain]
+        with peers.merged(lab.model, way.updates):
+            logits, _ = mosaic.answer_logits(
+                lab.model, mosaic.make_batch(lab.model, rows, "right"))  # (N, V)
+        kl += mosaic.counterfactual_kd(base, logits).item() / len(base)
+        same += (base.argmax(-1) == logits.argmax(-1)).float().mean().item()
+    return {"kl": kl / len(policies), "same": same / len(policies)}
+
+
+def measure(lab: Lab, cell: Cell) -> dict:
+    """Train a cell; DSR, OR and near-miss OR by order, second turn, drift."""
+    if cell.method == "palette":
+        return palette.cell(cell.seed, lab.quick)
+    if cell.method == "growth":
+        return growth(lab, cell)
+    way, every = learn(lab, cell), lab.categories
+    most = 2 if lab.quick else 32  # policies of an order
+    odd = range(1, len(every) + 1, 2)  # 1, 3, 5
+    orders = range(1, len(every) + 1)
+    asked = {"test": len(lab.test), "second turn": len(lab.second)}
+    return {
+        "numbers": way.numbers(), "asked": asked,
+        "orders": mosaic.evaluate(way.respond, lab.test, every, orders, most),
+        "second_turn": mosaic.evaluate(
+            way.respond, lab.second, every, odd, min(most, 5)),
+        "drift": {str(r): drift(lab, way, r) for r in odd}}
 
 
 # --- Cells and their files ------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
-def lab_for(model: str, quick: bool, mmlu: str) -> Lab:
+def lab_for(quick: bool) -> Lab:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return Lab(model, quick, mmlu)
+    return Lab(quick)
 
 
-def measure(lab: Lab, cell: Cell) -> dict:
-    if cell.method == "palette":
-        return palette.cell(cell.seed, lab.quick)
-    if cell.method == "growth":
-        return growth(lab, cell)
-    half = only(halves(lab.categories)) if cell.half else contextlib.nullcontext()
-    with half:
-        way = learn(lab, cell)
-    result = {"numbers": way.numbers()}
-    if cell in itertools.chain(*GRID["unseen"].values()):
-        result["subsets"] = unseen(lab, way)
-    if cell.half:
-        return result
-    result["orders"] = judged(lab, way)
-    if cell in itertools.chain(*GRID["table 2"].values()):
-        orders = range(1, len(lab.categories) + 1)
-        result["utility"] = {str(r): utility(lab, way, r) for r in orders}
-    if cell in GRID["permutations"]["MOSAIC-5"]:
-        result["permutations"] = permuted(lab, way)
-    return result
-
-
-# Of all cells: raise it when code changes what one trains or measures.
-VERSION = 3
-
-
-def settings(cell: Cell, flags) -> dict:
+def settings(cell: Cell, quick: bool) -> dict:
     """What a cell's file must agree with to be kept."""
-    data, folder = ROOT / "data_sample", Path(flags.model or EMBEDDED)
-    made_of = [data / "requests.jsonl", *sorted(folder.glob("*.*"))]
-    made_of += [Path(flags.mmlu)] if flags.mmlu else []
+    files = [REQUESTS, SUMMARIES, *sorted(EMBEDDED.glob("*.*"))]
     if cell.method == "palette":
-        words = (data / "words" / f"{name}.txt" for name in ("professional", "unsafe"))
-        made_of += [data / "professional.jsonl", data / "held_out.jsonl", *words]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in made_of))
-    about = {"version": VERSION, "quick": flags.quick, "model": flags.model}
-    about |= {"data and backbone": digest.hexdigest()[:16]} | dataclasses.asdict(cell)
-    if cell.method in ADAPTERS:
-        about["lora_rate"] = LORA_RATE
+        files += palette.FILES
+    content = b"".join(Path(path).read_bytes() for path in files)
+    about = {
+        "version": VERSION, "quick": quick, "lora_rate": LORA_RATE,
+        "data and backbone": hashlib.sha256(content).hexdigest()[:16],
+        "config": dataclasses.asdict(TrainConfig()),  # a cell changes some of it
+        **dataclasses.asdict(cell)}
     if cell.method == "palette":
-        about["palette"] = dataclasses.asdict(palette.Settings())
-    return about
-
-
-def file_of(cell: Cell, flags) -> Path:
-    return Path(flags.results) / f"{cell.name}.json"
+        about["config"] = dataclasses.asdict(palette.Settings())
+    return json.loads(json.dumps(about))  # tuples become lists
 
 
 def finished(cell: Cell, flags) -> dict | None:
     """A cell's kept result; None if there is none with these settings."""
-    path = file_of(cell, flags)
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    asked = json.loads(json.dumps(settings(cell, flags)))  # tuples become lists
-    return kept if kept.get("settings") == asked else None
+    path = Path(flags.results) / f"{cell.name}.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return kept if kept.get("settings") == settings(cell, flags.quick) else None
 
 
 def run(cell: Cell, flags) -> str:
     """Train and measure a cell and write its file; returns its name."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // flags.workers))
-    start = time.time()
+    torch.set_num_threads(1)  # a worker for each core does more than threads
     if finished(cell, flags):  # by another run of this script
         return cell.name
-    lab = lab_for(flags.model, flags.quick, flags.mmlu)
-    before = mosaic.checksum(lab.model)
-    result = measure(lab, cell)
-    assert mosaic.checksum(lab.model) == before, "the backbone has changed"
-    result["settings"] = settings(cell, flags)
-    result["seconds"] = time.time() - start
-    result["hardware"] = report.hardware(torch.get_num_threads())
-    path = file_of(cell, flags)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mosaic.beside(path) as part:
+    began = time.time()
+    result = measure(lab_for(flags.quick), cell) | {
+        "settings": settings(cell, flags.quick), "seconds": round(time.time() - began),
+        "hardware": report.hardware()}
+    with mosaic.beside(str(Path(flags.results) / f"{cell.name}.json")) as part:
         Path(part).write_text(json.dumps(result) + "\n", encoding="utf-8")
     return cell.name
 
 
 def read_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every table and figure")
-    parser.add_argument("--table", nargs="+", default=[], choices=["1", "2", "3"])
-    parser.add_argument("--figure", nargs="+", default=[], choices=[*"3456"])
-    beyond = ["unseen", "permutations", "palette", "seeds"]
-    parser.add_argument("--beyond", nargs="+", default=[], choices=beyond)
-    parser.add_argument("--quick", action="store_true", help="does every cell run?")
-    parser.add_argument("--workers", type=int, default=2, help="cells run at once")
-    parser.add_argument("--results", default="", help="folder of the cells' files")
-    parser.add_argument("--model", default="", help="instead of the embedded backbone")
-    parser.add_argument("--mmlu", default="", help="JSON lines in MMLU's form")
-    parser.add_argument(
-        "--readme", action="store_true", help="seeds, and README's results"
-    )
+    add = parser.add_argument
+    add("--all", action="store_true", help="every table and figure")
+    add("--table", nargs="+", default=[], choices=["1", "3"])
+    add("--figure", nargs="+", default=[], choices=["4", "5"])
+    add("--beyond", nargs="+", default=[], choices=["objective", "palette"])
+    add("--quick", action="store_true", help="does every cell run?")
+    add("--workers", type=int, default=os.cpu_count(), help="cells at once")
+    add("--results", default="", help="folder of the cells' files")
+    add("--report", action="store_true", help="train nothing, show what is finished")
+    add("--readme", action="store_true", help="with --all: write README's table, too")
     flags = parser.parse_args(argv)
-    if not flags.results:
-        flags.results = str(ROOT / "runs/quick" if flags.quick else HERE / "results")
-    names = [f"table {t}" for t in flags.table] + [f"figure {f}" for f in flags.figure]
-    every = [name for name in GRID if name != "seeds" or flags.readme]
-    flags.asked = (every if flags.all else names) + flags.beyond
+    flags.results = flags.results or str(
+        ROOT / "runs" / "quick" if flags.quick else HERE / "results")
+    names = [f"table {n}" for n in flags.table] + [f"figure {n}" for n in flags.figure]
+    flags.asked = [*GRID] if flags.all else names + flags.beyond
     if not flags.asked:
         parser.error("name a --table, --figure or --beyond, or --all")
-    if flags.readme and (not flags.all or flags.quick or flags.model):
-        parser.error("--readme goes with --all, and without --quick and --model")
+    if flags.readme and (not flags.all or flags.quick):
+        parser.error("--readme goes with --all and without --quick")
     return flags
 
 
 def main() -> None:
     flags = read_flags()
+    folder = Path(flags.results)
+    folder.mkdir(parents=True, exist_ok=True)
     grid = {name: GRID[name] for name in flags.asked}
-    cells = dict.fromkeys(
-        cell for rows in grid.values() for some in rows.values() for cell in some
-    )
-    waiting = [cell for cell in cells if not finished(cell, flags)]
+    cells = dict.fromkeys(itertools.chain(
+        *(some for rows in grid.values() for some in rows.values())))
+    waiting = [c for c in cells if not flags.report and not finished(c, flags)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(flags.workers, context) as pool:
         jobs = [pool.submit(run, cell, flags) for cell in waiting]
@@ -510,17 +395,16 @@ def main() -> None:
             if job.exception():
                 pool.shutdown(cancel_futures=True)
             bar.write(f"finished: {job.result()}", file=sys.stderr)
-    found = {cell.name: finished(cell, flags) for cell in cells}
-    rows, folder = report.rows_of(grid, found), Path(flags.results)
-    report.plots(rows, folder)
+    rows = report.rows_of(grid, {cell: finished(cell, flags) for cell in cells})
     text = report.markdown(rows)
     print(text)
     if flags.all:
+        report.pictures(rows, folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
     if flags.readme:
         path = ROOT / "README.md"
-        text = report.write_readme(path.read_text(encoding="utf-8"), rows)
-        with mosaic.beside(path) as part:
+        text = report.write_readme(path.read_text(encoding="utf-8"), rows["table 1"])
+        with mosaic.beside(str(path)) as part:
             Path(part).write_text(text, encoding="utf-8")
 
 

@@ -1,23 +1,24 @@
 """The paper's peers of MOSAIC: SFT and ORPO with LoRA, steered by a written policy.
 
 One adapter serves every policy: the policy is written out as a rule in front of the
-request, and the adapter is trained on the same tasks and reference answers as control
-tokens are, for as many epochs as paper.py says. (Differs from the paper, which does not
-say how its adapters learn what is switched off: one adapter for all policies fits the
-one size that it gives.) The other way to compose, an adapter for each category and
-their updates added, takes the same functions; see paper.py.
+request, and the adapter is trained on the same tasks, reference answers and number of
+steps as control tokens are. (Differs from the paper, which does not say how its
+adapters learn what is switched off: one adapter for all policies fits the one size that
+it gives.) The rule has the categories' names: summaries would make prompts five times
+as long.
 
 LoRA is written out below, 40 lines, rather than taken from peft: the benchmarks then
-run with this repository's five packages, and adding, merging and taking back updates
-exactly is all that is needed.
+run with this repository's five packages, and merging and taking back updates exactly is
+all that is needed.
 """
 
 import contextlib
 import math
+import random
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import mosaic
-from mosaic import Model, OrderSampler, Request, Row, Tokenizer, TrainConfig
-from train_demo import instruct, takes_system
+from mosaic import Model, OrderSampler, Reference, Row, Tokenizer, TrainConfig
+from train_demo import instruct
 
 # --- LoRA -----------------------------------------------------------------------------
 
@@ -99,13 +100,17 @@ def merged(module: nn.Module, updates: dict[str, Tensor]) -> Iterator[None]:
 # --- Losses ---------------------------------------------------------------------------
 
 
-def row_log_probs(model: Model, tokenizer: Tokenizer, rows: list[Row]) -> Tensor:
-    """Mean log-probability of each row's answer, per token: (B,)."""
-    batch = mosaic.make_batch(model, tokenizer, rows)
-    logits, labels, _ = mosaic.answer_logits(model, batch)
+def answer_log_probs(model: Model, rows: Sequence[Row]) -> list[Tensor]:
+    """log p(y_t) at each row's answer tokens, B of (n,)."""
+    logits, labels = mosaic.answer_logits(
+        model, mosaic.make_batch(model, rows, "right"))
     log_p = -F.cross_entropy(logits, labels, reduction="none")  # (N,)
-    parts = log_p.split([len(row.answer) for row in rows])
-    return torch.stack([part.mean() for part in parts])
+    return [*log_p.split([len(row.answer) for row in rows])]
+
+
+def sft_loss(model: Model, wanted: list[Row], other: list[Row]) -> Tensor:
+    """Cross-entropy of the wanted answers, mean over all their tokens, as usual."""
+    return -torch.cat(answer_log_probs(model, wanted)).mean()
 
 
 def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -114,87 +119,72 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     -log sigmoid(log odds(chosen) - log odds(rejected)), odds(p) = p / (1 - p).
     """
     log_odds = [
-        p - torch.log1p(-p.exp().clamp(max=1 - 1e-6)) for p in (chosen, rejected)
-    ]
+        p - torch.log1p(-p.exp().clamp(max=1 - 1e-6)) for p in (chosen, rejected)]
     return -F.logsigmoid(log_odds[0] - log_odds[1]).mean()
 
 
-def sft_loss(model: Model, tokenizer: Tokenizer, wanted: list[Row], other) -> Tensor:
-    """Cross-entropy of the wanted answers, mean over all their tokens.
-
-    As usual for SFT; `mosaic.train` gives refusals and other answers a mean each.
-    """
-    batch = mosaic.make_batch(model, tokenizer, wanted)
-    logits, labels, _ = mosaic.answer_logits(model, batch)
-    return mosaic.answer_loss(logits, labels)
-
-
-def orpo_loss(
-    model: Model, tokenizer: Tokenizer, wanted: list[Row], other: list[Row]
-) -> Tensor:
-    """Cross-entropy of the wanted answer, plus 0.1 of the odds-ratio loss."""
-    n = len(wanted)
-    log_p = row_log_probs(model, tokenizer, wanted + other)  # (2B,)
-    tokens = torch.tensor([len(row.answer) for row in wanted]).to(log_p)
-    nll = -(log_p[:n] * tokens).sum() / tokens.sum()
-    return nll + 0.1 * odds_ratio_loss(log_p[:n], log_p[n:])
+def orpo_loss(model: Model, wanted: list[Row], other: list[Row]) -> Tensor:
+    """Cross-entropy of the wanted answers, plus 0.1 of the odds-ratio loss."""
+    log_p, n = answer_log_probs(model, wanted + other), len(wanted)
+    means = torch.stack([one.mean() for one in log_p])  # (2B,)
+    return -torch.cat(log_p[:n]).mean() + 0.1 * odds_ratio_loss(means[:n], means[n:])
 
 
 # --- Training -------------------------------------------------------------------------
 
-Loss = Callable[[Model, Tokenizer, list[Row], list[Row]], Tensor]
-Ids = Callable[[str, mosaic.Policy], list[int]]  # of a prompt under a policy
+Loss = Callable[[Model, list[Row], list[Row]], Tensor]
 Updates = dict[str, Tensor]  # (out, in) by the name of a linear map
 
 
-def by_rule(tokenizer: Tokenizer) -> Ids:
-    """Prompts with the policy written out, as the demo's written instruction does."""
-    system = takes_system(tokenizer)
-    return lambda prompt, policy: mosaic.prompt_ids(
-        tokenizer, instruct(prompt, policy, system)
-    )
+def task_pairs(
+    tokenizer: Tokenizer, tasks: Sequence[mosaic.Task], refusal: list[int],
+    rng: random.Random,
+) -> tuple[list[Row], list[Row]]:
+    """The tasks' rows with the wanted answer, and with the other one."""
+    wanted, other = [], []
+    for task in tasks:
+        # In any order, as control tokens are trained.
+        policy = rng.sample(task.policy, len(task.policy))
+        rule = instruct(task.request.prompt, policy, {}, tokenizer)
+        prompt = mosaic.prompt_ids(tokenizer, rule)
+        own = task.request.answer
+        pair = (refusal, own) if task.refuse else (own, refusal)
+        wanted.append(Row(prompt, None, pair[0]))
+        other.append(Row(prompt, None, pair[1]))
+    return wanted, other
 
 
 def train_lora(
-    model: Model,
-    tokenizer: Tokenizer,
-    ids: Ids,
-    sampler: OrderSampler,
-    known: dict[Request, mosaic.Reference],
-    loss: Loss,
-    config: TrainConfig,
-    rank: int = 8,
+    model: Model, tokenizer: Tokenizer, categories: Sequence[str],
+    references: Sequence[Reference], loss: Loss, config: TrainConfig, rank: int = 8,
 ) -> Updates:
-    """Train one adapter on all linear maps over a sampler's tasks; returns its update.
+    """Train one adapter on all linear maps for every policy; returns its update.
 
-    The schedule is that of `mosaic.train`; the model is left as it was.
+    Tasks and schedule are those of `mosaic.train`; the rate is Adam's own. The model is
+    left as it was.
     """
     model.eval().requires_grad_(False)
     added = add_lora(model, rank, 2 * rank, config.seed)
-    weights = [p for one in added.values() for p in (one.a, one.b)]
-    optimizer = torch.optim.Adam(weights)
-    refusal, draw = mosaic.refusal_ids(model, tokenizer, mosaic.REFUSAL), sampler.draw
-    length = partial(mosaic.task_length, known)
+    optimizer = torch.optim.Adam([p for one in added.values() for p in (one.a, one.b)])
+    refusal = mosaic.refusal_ids(model, tokenizer, mosaic.REFUSAL)
     try:
         for epoch in range(config.epochs):
-            batches = sampler.epoch(config.orders, config.batch_size, length)
+            rng = random.Random(f"{config.seed}, epoch {epoch}")
+            sampler = OrderSampler(
+                references, categories, categories, config.positives_per_subset,
+                config.negatives_per_positive, rng)
+            batches, seen = sampler.epoch(config.orders, config.batch_size), []
             for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
-                wanted, other = [], []
-                for request, policy in tasks:
-                    # In any order, as control tokens are trained.
-                    prompt = ids(request.prompt, draw.sample(policy, len(policy)))
-                    pair = [refusal, known[request].row.answer]
-                    if request.category not in policy:
-                        pair.reverse()
-                    wanted.append(Row(prompt, None, pair[0]))
-                    other.append(Row(prompt, None, pair[1]))
-                cosine = math.cos(math.pi * (epoch + i / len(batches)) / config.epochs)
-                optimizer.param_groups[0]["lr"] = (
-                    config.learning_rate * (1 + cosine) / 2
-                )
+                wanted, other = task_pairs(tokenizer, tasks, refusal, rng)
+                progress = (epoch + i / len(batches)) / config.epochs
+                cosine = (1 + math.cos(math.pi * progress)) / 2
+                optimizer.param_groups[0]["lr"] = config.learning_rate * cosine
                 optimizer.zero_grad()
-                loss(model, tokenizer, wanted, other).backward()
+                value = loss(model, wanted, other)
+                value.backward()
                 optimizer.step()
+                seen.append(value.item())
+            tqdm.write(f"epoch {epoch + 1}/{config.epochs}   {mean(seen):.3f}")
         return {name: one.delta().detach() for name, one in added.items()}
     finally:
         remove_lora(model)
