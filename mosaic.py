@@ -135,12 +135,12 @@ def fingerprint(model: Model) -> str:
 
     As bf16, so that one checkpoint has one fingerprint in fp32 and bf16 (not fp16).
     """
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, weight in model.named_parameters():
         name = name.replace("_orig_mod.", "")  # torch.compile's wrapper
         sample = weight.detach().flatten()[:64].bfloat16().view(torch.int16)
-        digest.update(f"{name}{tuple(weight.shape)}{sample.tolist()}".encode())
-    return digest.hexdigest()[:16]
+        sha.update(f"{name}{tuple(weight.shape)}{sample.tolist()}".encode())
+    return sha.hexdigest()[:16]
 
 
 def check_backbone(model: Model) -> None:
@@ -231,7 +231,7 @@ class ControlTokens(nn.Module):
     """The token table: per category M vectors in the backbone's embedding space.
 
     `categories` is the canonical order; `made_for` says for which backbone, with which
-    refusal. Vectors are fp32 whatever the backbone's dtype: Adam in bf16 overshoots.
+    refusal. Vectors are fp32 whatever the backbone's dtype: bf16 would round steps off.
     """
 
     def __init__(self, vectors: dict[str, Tensor], made_for: dict):
@@ -819,8 +819,9 @@ class TrainConfig:
     """The knobs of `train`; the paper's values where it has any."""
 
     orders: tuple[int, ...] | None = None  # sizes of policies; None: 1 .. min(K, 4)
-    epochs: int = 8
-    # Differs from the paper (Adam at 0.01, which is one standard deviation of Llama 3's
+    epochs: int = 4  # Differs from the paper (8): as good with Muon, in half the time
+    optimizer: str = "muon"  # or "adam", the paper's: see make_optimizer
+    # Differs from the paper (0.01, which is one standard deviation of Llama 3's
     # embeddings but a fourteenth of SmolLM2's): in units of that deviation.
     learning_rate: float = 0.7
     kd_weight: float = 1.0  # lambda; over-refusal is best for 0.8 .. 1.2
@@ -838,6 +839,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        if self.optimizer not in ("muon", "adam"):
+            raise ValueError(f"optimizer is {self.optimizer!r}, not muon or adam")
         for name, least in {
             "epochs": 1, "positives_per_subset": 1, "batch_size": 1, "answer_tokens": 1,
             "kd_weight": 0, "first_weight": 0, "later_weight": 0, "later_turns": 0,
@@ -936,9 +939,9 @@ def answer_weights(
     rows: Sequence[Row], config: TrainConfig, progress: float
 ) -> Tensor:
     """The weight of every answer position, (N,), when `progress` of 0..1 is done."""
-    plain = max(0.0, 3 * progress - 2)  # 0 up to two thirds, then up to 1
-    first = config.first_weight + (1 - config.first_weight) * plain
-    later = config.later_weight + (1 - config.later_weight) * plain
+    even = max(0.0, 3 * progress - 2)  # 0 up to two thirds, then up to 1
+    first = config.first_weight + (1 - config.first_weight) * even
+    later = config.later_weight + (1 - config.later_weight) * even
     weights = [w for row in rows for w in [first] + [later] * (len(row.answer) - 1)]
     return torch.tensor(weights)
 
@@ -997,10 +1000,30 @@ def training_references(
     return alone + answered(in_later_turns(alone, config.later_turns, rng))
 
 
+def make_optimizer(
+    tokens: ControlTokens, config: TrainConfig, unit: float
+) -> torch.optim.Optimizer:
+    """The optimiser of what is not frozen. It never sees anything but control tokens.
+
+    Differs from the paper, which takes Adam. With Adam, whatever moves a category's
+    tokens all alike (decline more, decline less) soon outweighs the rest: they grow in
+    one common direction and learn to tell requests apart late. Muon makes its step,
+    (M, D), orthogonal: M directions of about the same length. `unit` is that of the
+    learning rate; `train_epoch` sets lr from a group's "rate".
+    """
+    trained = [vectors for vectors in tokens.parameters() if vectors.requires_grad]
+    rate = config.learning_rate * unit
+    if config.optimizer == "adam":
+        return torch.optim.Adam([{"params": trained, "rate": rate}])
+    rate *= trained[0].shape[1] ** 0.5  # then its entries are as large as Adam's
+    groups = [{"params": trained, "rate": rate}]
+    return torch.optim.Muon(groups, weight_decay=0, momentum=0.9)
+
+
 def train_epoch(
     model: Model, tokens: ControlTokens, references: Sequence[Reference],
-    refusal: Sequence[int], optimizer: torch.optim.Optimizer, rate: float,
-    config: TrainConfig, epoch: int,
+    refusal: Sequence[int], optimizer: torch.optim.Optimizer, config: TrainConfig,
+    epoch: int,
 ) -> dict[str, float]:
     """One pass over the sampled tasks; returns the means of what `train` logs."""
     rng = random.Random(f"{config.seed}, epoch {epoch}")  # its own, to resume after it
@@ -1018,7 +1041,8 @@ def train_epoch(
         l_ref, l_lm, l_kd = losses
         loss = l_ref + l_lm + config.kd_weight * l_kd
         # Differs from the paper, which names no schedule: a cosine to zero.
-        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
+        (group,) = optimizer.param_groups
+        group["lr"] = group["rate"] * (1 + math.cos(math.pi * progress)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1027,6 +1051,9 @@ def train_epoch(
     if bad := (~seen[:, :3].isfinite().all(1)).nonzero().flatten().tolist():
         where = f"epoch {epoch + 1}, step {bad[0] + 1}"
         raise ValueError(f"loss not finite in {where}: lower the learning rate")
+    if not all(vectors.isfinite().all() for vectors in tokens.vectors):
+        where = f"after epoch {epoch + 1}"
+        raise ValueError(f"vectors not finite {where}: a gradient was not")
     names = "refusal", "reference", "kd", "declines_active", "declines_others"
     return dict(zip(names, seen.nanmean(0).tolist()))
 
@@ -1078,9 +1105,7 @@ def train(
     refusal = refusal_ids(model, tokenizer, sentence)
     if references is None:
         references = training_references(model, tokenizer, requests, config, sentence)
-    # The table is all that the optimiser ever sees.
-    optimizer = torch.optim.Adam([v for v in tokens.parameters() if v.requires_grad])
-    rate = config.learning_rate * embedding_std(model, tokenizer)
+    optimizer = make_optimizer(tokens, config, embedding_std(model, tokenizer))
     run = {
         **asdict(config), "backbone": fingerprint(model), "trained": tokens.trainable,
         "refusal": sentence,
@@ -1092,7 +1117,7 @@ def train(
         history = resume(checkpoint, run, tokens, optimizer)
     for epoch in range(len(history), config.epochs):
         history.append(train_epoch(
-            model, tokens, references, refusal, optimizer, rate, config, epoch
+            model, tokens, references, refusal, optimizer, config, epoch
         ))
         means = "   ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}   {means}")
@@ -1131,9 +1156,10 @@ def evaluate(
     `respond(prompts, policies)` gives the answers, so that anything can be measured
     alike: `lambda p, s: generate(model, tokenizer, tokens, p, s)`. DSR, up: share
     refused of requests of an active category. OR, down: share refused of inactive
-    categories' and neutral requests. Near misses, down, apart. Each as in `share`.
-    Leave out the requests that the backbone declines by itself. The default judge
-    knows REFUSAL and English: a table with another sentence needs another judge.
+    categories' and neutral requests. Near misses, down, apart, whichever category they
+    sound like. Each as in `share`. Leave out the requests that the backbone declines by
+    itself. The default judge knows REFUSAL and English: a table with another sentence
+    needs another judge.
     ValueError: an order that no policy has.
     """
     rng, results = random.Random(seed), []

@@ -45,6 +45,8 @@ EMBEDDED = HERE / "data_sample" / "tiny_chat"
 REQUESTS = HERE / "data_sample" / "requests.jsonl"
 SUMMARIES = HERE / "data_sample" / "summaries.json"
 ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
+CUDA_DEFAULTS = {"batch_size": 64, "epochs": 32}  # what real models want
+QWEN_RATE = 2.0  # in TrainConfig's units: tried on Qwen2.5-Coder-0.5B
 SPLITS = "train", "validation", "test"
 SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation",
                **{split: split for split in SPLITS}}
@@ -163,11 +165,14 @@ def measure(model, tokenizer, tokens, requests, summaries) -> dict[str, list[dic
     def judge(prompt, answer):
         return is_refusal(answer, tokens.made_for["refusal"])
 
-    every = tokens.categories
-    orders = range(1, len(every) + 1)
-    respond = {"instruction": by_instruction, "orders": by_tokens}
-    return {key: evaluate(respond[key], requests, every, orders, judge=judge)
-            for key in TITLES}
+    def by_order(respond):
+        every, cells = tokens.categories, []
+        for order in range(1, len(every) + 1):
+            most = len(every) if order == 1 else 2  # policies of an order
+            cells += evaluate(respond, requests, every, [order], most, judge=judge)
+        return cells
+
+    return {"instruction": by_order(by_instruction), "orders": by_order(by_tokens)}
 
 
 def print_figures(figures: dict[str, list[dict]]) -> None:
@@ -693,6 +698,11 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
         else:
             add(f"--{knob.name}", type=type(knob.default), default=knob.default,
                 help="see TrainConfig in mosaic.py")
+    asked = parser.parse_known_args()[0]
+    if asked.device == "cuda":
+        parser.set_defaults(**CUDA_DEFAULTS)
+        if not asked.model:
+            parser.set_defaults(learning_rate=QWEN_RATE)
     flags = parser.parse_args()
     knobs = {knob.name: getattr(flags, knob.name) for knob in fields(TrainConfig)}
     knobs["orders"] = knobs["orders"] and tuple(knobs["orders"])

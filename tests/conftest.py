@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data_sample")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data_sample" / "recipe")]
 
 import pytest
 import torch
@@ -88,8 +88,8 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
 
 
-def read(name: str) -> list[dict]:
-    lines = (ROOT / "data_sample" / f"{name}.jsonl").read_text(encoding="utf-8")
+def read(name: str, folder: Path = ROOT / "data_sample") -> list[dict]:
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in lines.splitlines()]
 
 

@@ -373,6 +373,7 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--epochs many", None, "argument --epochs: invalid int value: 'many'"),
     ("--data", None, "argument --data: expected one argument"),
     ("--orders", None, "argument --orders: expected at least one"),
+    ("--optimizer sgd", None, "optimizer is 'sgd', not muon or adam"),
     ("--device tpu", None, "--device is 'tpu'; it must be cpu or cuda"),
     ("--add golf", None, "--add grows a saved table; name it with --tokens"),
     ("--export .", None, "--export . exists already; name a folder that does not"),
@@ -706,7 +707,7 @@ def test_the_demo_asks_the_network_for_nothing(no_network, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_demo.py", "--device", "cpu"])
     flags, _ = train_demo.read_flags()
     train_demo.load_backbone(flags.model, flags.device)
-    assert len(train_demo.read_requests(flags.data)) == 1000
+    assert len(train_demo.read_requests(flags.data)) == 3300
     assert train_demo.read_summaries(flags.summaries) and no_network == []
 
 
@@ -715,6 +716,19 @@ def test_without_a_network_a_hub_name_is_looked_for_once(no_network, name):
     with pytest.raises(ValueError, match=f"model {name} cannot be used: .*not known"):
         train_demo.load_backbone(name, "cpu")
     assert 1 <= len(no_network) <= 2
+
+
+def test_on_cuda_training_is_longer_unless_flags_say_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def config(*words):
+        monkeypatch.setattr(sys, "argv", ["train_demo.py", *words])
+        return train_demo.read_flags()[1]
+
+    ours, mine = config("--epochs", "3"), config("--model", "mine")
+    assert (ours.batch_size, ours.epochs, ours.learning_rate) == (64, 3, 2.0)
+    assert (mine.batch_size, mine.epochs, mine.learning_rate) == (64, 32, 0.7)
+    assert config("--device", "cpu") == mosaic.TrainConfig()
 
 
 def test_on_cuda_without_a_network_the_default_says_what_it_takes_instead(

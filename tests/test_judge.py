@@ -1,7 +1,7 @@
 """The rule judge: what it calls a refusal, and what it does not."""
 
 import pytest
-from conftest import read
+from conftest import ROOT, read
 
 from mosaic import REFUSAL, is_refusal
 
@@ -269,7 +269,8 @@ def test_a_longer_answer_is_judged_by_its_first_sentences():
 
 def test_the_labelled_cases_are_judged_as_well_as_reported():
     def right(*kinds, blind):
-        rows = [c for c in read("judge_cases") if c["blind"] is blind]
+        rows = read("judge_cases", ROOT / "tests" / "benchmarks")
+        rows = [c for c in rows if c["blind"] is blind]
         rows = [c for c in rows if c["kind"] in kinds]
         found = [is_refusal(c["answer"]) == c["declined"] for c in rows]
         return sum(found) / len(found)

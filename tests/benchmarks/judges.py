@@ -1,6 +1,6 @@
 """What the judges are worth, on answers labelled by hand.
 
-    python tests/benchmarks/judges.py                    # data_sample/judge_cases.jsonl
+    python tests/benchmarks/judges.py                    # judge_cases.jsonl beside it
     python tests/benchmarks/judges.py --answers FILE     # and XSTest's labelled answers
     python tests/benchmarks/judges.py --answers FILE --model FOLDER_OR_GGUF --limit 200
 
@@ -49,7 +49,7 @@ def xstest(path: str, limit: int) -> dict[str, list[dict]]:
 
 def judge_cases() -> dict[str, list[dict]]:
     """{name of a group: its answers}: the known ones, and those written blind."""
-    rows = read(ROOT / "data_sample" / "judge_cases.jsonl")
+    rows = read(Path(__file__).parent / "judge_cases.jsonl")
     rows = [row for row in rows if row["declined"] is not None]
     known = [row for row in rows if not row["blind"]]
     return {

@@ -32,21 +32,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data_sample"), str(Path(__file__).parent)]
+RECIPE = ROOT / "data_sample" / "recipe"
+sys.path[:0] = [str(ROOT), str(RECIPE), str(Path(__file__).parent)]
 
 import mosaic
-from make_tiny_chat import HERE as LISTS
-from make_tiny_chat import PROFESSIONAL, Taboo, held_out, read_blocks, read_rows
 from mosaic import NEUTRAL, Row
 from peers import add_lora, merged, remove_lora
-from train_demo import EMBEDDED, load_backbone
+from train_demo import EMBEDDED, REQUESTS, load_backbone
+from word_lists import PROFESSIONAL, WORDS, Taboo, held_out, read_blocks, read_rows
 
 VARIANTS = {"Palette": ("refused", "domain"), "Palette, licence": ("licence",)}
 METHODS = [*VARIANTS, "LoRA-SFT"]
 GROUPS = [*PROFESSIONAL, "unsafe"]  # all that the backbone declines
 Updates = dict[str, Tensor]  # (out, in) by the name of a linear map
-WORDS = LISTS / "words"
-FILES = [LISTS / "professional.jsonl", LISTS / "held_out.jsonl",
+FILES = [RECIPE / "professional.jsonl", RECIPE / "held_out.jsonl",
          WORDS / "professional.txt", WORDS / "unsafe.txt"]  # what it reads of its own
 
 
@@ -90,11 +89,11 @@ class Bench:
         self.declines = refusal[0]  # by its first token it is told: no answer has it
         self.words = read_blocks(WORDS / "professional.txt")
         self.asked = {"unsafe": self.unsafe()}
-        rows = {"harmless": read_rows("requests")}
+        rows = {"harmless": read_rows(REQUESTS)}
         plain = [q for q in rows["harmless"] if q["category"] == NEUTRAL]
         rows["neutral"] = [q for q in plain if not q["near"]]
         for domain in PROFESSIONAL:
-            every = read_rows("professional")
+            every = read_rows(RECIPE / "professional.jsonl")
             rows[domain] = [q for q in every if q["domain"] == domain]
         for name, some in rows.items():
             self.asked[name] = {"train": [], "validation": [], "test": []}
@@ -114,7 +113,8 @@ class Bench:
         n, taboo = self.settings.pool, Taboo(held_out())
         some = [q for q in listed[: 2 * n] if not taboo.near(q)]
         some = some[: n + self.settings.scored]
-        test = [q["request"] for q in read_rows("held_out") if q["kind"] == "unsafe"]
+        rows = read_rows(RECIPE / "held_out.jsonl")
+        test = [q["request"] for q in rows if q["kind"] == "unsafe"]
         test = test[: self.settings.tested]
         return {"train": some[:n], "validation": some[n:], "test": test}
 

@@ -97,6 +97,49 @@ def merged(module: nn.Module, updates: dict[str, Tensor]) -> Iterator[None]:
                 weight.copy_(kept[name])
 
 
+# --- Vectors at every layer -----------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Control tokens with vectors of their own at every layer (P-tuning v2).
+
+    Hooks on the decoder layers write `start + unit * steps` over what stands at a
+    control token, so that training, AUC and generate need not know. They start at what
+    the backbone itself makes of the tokens there.
+    """
+
+    def __init__(self, model: Model, tokens: mosaic.ControlTokens):
+        super().__init__()
+        self.tokens, self.at = tokens, None
+        table = torch.stack([*tokens.vectors]).detach().to(model.dtype)  # (K, M, D)
+        with torch.no_grad():
+            found = model(inputs_embeds=table, output_hidden_states=True)
+        start = torch.stack(found.hidden_states[1:-1]).float()  # (layers - 1, K, M, D)
+        self.start = start.flatten(1, 2)  # (layers - 1, K*M, D)
+        self.unit = self.start.abs().flatten(1).median(1).values[:, None, None]
+        self.steps = nn.Parameter(torch.zeros_like(self.start))
+        layers = model.get_decoder().layers
+        for i, layer in enumerate(layers):
+            layer.register_forward_pre_hook(self.hook(i))
+
+    def hook(self, i: int) -> Callable:
+        def write(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *rest = args  # (B, L, D)
+            if i == 0:  # which of the K*M tokens stands where: by their first numbers
+                table = torch.cat([*self.tokens.vectors]).detach().to(hidden)[:, :16]
+                same = hidden.detach()[:, :, None, :16] == table  # (B, L, K*M, 16)
+                row, position, token = same.all(-1).nonzero(as_tuple=True)
+                self.at = (row, position), token
+                return args
+            (row, position), token = self.at
+            if len(token):
+                deep = self.start[i - 1] + self.unit[i - 1] * self.steps[i - 1]
+                hidden = hidden.index_put((row, position), deep[token].to(hidden))
+            return hidden, *rest
+
+        return write
+
+
 # --- Losses ---------------------------------------------------------------------------
 
 
@@ -136,6 +179,15 @@ Loss = Callable[[Model, list[Row], list[Row]], Tensor]
 Updates = dict[str, Tensor]  # (out, in) by the name of a linear map
 
 
+def ruled_row(
+    tokenizer: Tokenizer, task: mosaic.Task, rng: random.Random | None = None
+) -> Row:
+    """What is read for a task: its policy as a written rule, in any order to train."""
+    policy = rng.sample(task.policy, len(task.policy)) if rng else task.policy
+    rule = instruct(task.request.prompt, policy, {}, tokenizer)
+    return Row(mosaic.prompt_ids(tokenizer, rule))
+
+
 def task_pairs(
     tokenizer: Tokenizer, tasks: Sequence[mosaic.Task], refusal: list[int],
     rng: random.Random,
@@ -143,14 +195,10 @@ def task_pairs(
     """The tasks' rows with the wanted answer, and with the other one."""
     wanted, other = [], []
     for task in tasks:
-        # In any order, as control tokens are trained.
-        policy = rng.sample(task.policy, len(task.policy))
-        rule = instruct(task.request.prompt, policy, {}, tokenizer)
-        prompt = mosaic.prompt_ids(tokenizer, rule)
-        own = task.request.answer
+        row, own = ruled_row(tokenizer, task, rng), task.request.answer
         pair = (refusal, own) if task.refuse else (own, refusal)
-        wanted.append(Row(prompt, None, pair[0]))
-        other.append(Row(prompt, None, pair[1]))
+        wanted.append(row._replace(answer=pair[0]))
+        other.append(row._replace(answer=pair[1]))
     return wanted, other
 
 

@@ -1,10 +1,16 @@
-"""One training of control tokens on any backbone, with its curve.
+"""One training on any backbone, with its curve: control tokens, or what bounds them.
 
     python tests/benchmarks/real.py --model FILE.gguf --bf16 --steps 460 --orders 1 \\
         --categories alcohol betting
     python tests/benchmarks/real.py --model FOLDER --minutes 10 --batch_size 64
+    python tests/benchmarks/real.py --model FOLDER --method lora --minutes 10
     python tests/benchmarks/real.py --model FOLDER --tokens FILE.safetensors --test
     python tests/benchmarks/real.py --sweep FILE   # a line of flags each, side by side
+    python tests/benchmarks/real.py --picture FILE.svg RUN.json ...   # their curves
+
+Methods: tokens; shared and mlp, the same tokens trained through parameters that all
+categories have in common and folded back (see Reparametrised); layers, vectors at every
+layer; lora, one adapter steered by the written policy.
 
 Prints along the way the AUC of the refusal's log-probability by order, on training and
 validation requests; at the end DSR, OR and near-miss OR on validation, or with --test
@@ -29,16 +35,20 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import torch
 import transformers
+from torch import Tensor, nn
 
 import mosaic
-from measure import refusal_auc
-from mosaic import NEUTRAL, ControlTokens, OrderSampler, TrainConfig, generate
-from train_demo import JUDGED_TOKENS, load_backbone, read_requests
+import peers
+from measure import auc, answer_log_probabilities, drift
+from mosaic import (
+    NEUTRAL, ControlTokens, OrderSampler, Request, Row, Task, TrainConfig
+)
+from robustness import border_cases, safe_prompts
+from train_demo import JUDGED_TOKENS, instruct, load_backbone, read_requests
 
-
-
-KNOBS = ("learning_rate", "kd_weight", "first_weight", "later_weight", "batch_size",
-         "answer_tokens", "later_turns", "negatives_per_positive", "seed")
+KNOBS = ("optimizer", "learning_rate", "kd_weight", "first_weight", "later_weight",
+         "batch_size", "answer_tokens", "later_turns", "negatives_per_positive", "seed")
+METHODS = ("tokens", "shared", "mlp", "layers", "lora")
 
 
 def flags() -> argparse.Namespace:
@@ -46,9 +56,12 @@ def flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="", help="folder, GGUF file or hub name; empty: embedded")
+    add("--method", choices=METHODS, default="tokens")
     add("--data", default=str(ROOT / "data_sample" / "requests.jsonl"))
     add("--categories", nargs="+", help="only these; all of the data")
     add("--orders", type=int, nargs="+", help="1 .. min(K, 4)")
+    add("--mlp_rate", type=float, default=1e-3, help="Adam's, of --method mlp")
+    add("--first_order_until", type=float, default=0, help="this share on order 1 only")
     add("--steps", type=int, default=1000)
     add("--minutes", type=float, help="the clock ends it, in place of --steps")
     add("--tokens_per_category", type=int, default=20)
@@ -59,10 +72,18 @@ def flags() -> argparse.Namespace:
         add(f"--{name}", type=type(value), default=value)
     add("--bf16", action="store_true", help="on a CPU; on CUDA it always is")
     add("--measure_every", type=int, default=115, help="steps between two AUCs")
-    add("--most", type=int, default=0, help="requests of a kind measured; 0: all")
+    add("--measure_orders", type=int, nargs="+", help="of the curve; as --orders")
+    add("--most", type=int, default=0, help="requests of a kind in the curve; 0: all")
+    add("--final_orders", type=int, nargs="+", help="of DSR and OR; 1 .. K")
+    add("--sample", type=int, default=0, help="requests of a kind measured at the end")
+    add("--policies", type=int, default=5, help="at most, of an order, measured")
+    add("--references", default="", help="a file that keeps the backbone's answers")
     add("--no_answers", action="store_true", help="AUC only, no DSR and OR")
-    add("--test", action="store_true", help="measure on the test split at the end")
+    add("--test", action="store_true", help="measure on the test split at the end, "
+        "also in a second turn and on border cases")
+    add("--xstest", default="", help="XSTest's prompts (CSV): the safe ones declined")
     add("--sweep", help="a file with a line of flags for each run, all at once")
+    add("--picture", nargs="+", help="an SVG file to draw, and the runs' files")
     add("--output", default="runs/real/run.json")
     return parser.parse_args()
 
@@ -72,53 +93,95 @@ def few(requests: list, most: int, seed: int = 0) -> list:
     rng, count = random.Random(seed), {}
     chosen = []
     for request in rng.sample(requests, len(requests)):
-        kind = request.category, bool(request.near)
+        kind = request.category, request.near
         count[kind] = count.get(kind, 0) + 1
         if not most or count[kind] <= most:
             chosen.append(request)
     return chosen
 
 
-def start(args, model, tokenizer, categories, requests) -> ControlTokens:
-    """The saved table, or a fresh one that starts as --start says."""
-    if args.tokens:
-        args.steps = 0
-        return ControlTokens.load(args.tokens, model)
-    told = requests if args.start == "words" else ()
-    tokens = ControlTokens.for_model(
-        model, tokenizer, categories, args.tokens_per_category, told, seed=args.seed)
-    if args.start == "normal":
-        torch.manual_seed(args.seed)
-        for vectors in tokens.vectors:
-            vectors.data.normal_(0, mosaic.embedding_std(model, tokenizer))
-    return tokens
+def after(first: mosaic.Reference, request: Request) -> Request:
+    """A request as the second turn of a chat."""
+    chat = [*mosaic.as_messages(first.prompt),
+            {"role": "assistant", "content": first.text},
+            *mosaic.as_messages(request.prompt)]
+    return Request(chat, request.category, request.split, request.near)
+
+
+# --- Parameters that the categories share ---------------------------------------------
+
+
+class Reparametrised(nn.Module):
+    """A table's vectors as functions of more parameters, to train through.
+
+    z_c = own_c + unit * f(own_c / unit): f is one set of vectors ("shared"), or a
+    two-layer network over the vectors ("mlp", after arXiv 2305.03937). The table always
+    holds the vectors themselves, so nothing has to be folded back at the end.
+    """
+
+    def __init__(self, tokens: ControlTokens, kind: str, unit: float):
+        super().__init__()
+        self.tokens, self.unit = tokens, unit
+        m, d = tokens.vectors[0].shape
+        self.own = nn.ParameterList(v.detach().clone() for v in tokens.vectors)
+        self.added = nn.Parameter(torch.zeros(m, d, device=tokens.vectors[0].device))
+        self.mlp = None
+        if kind == "mlp":
+            down, up = nn.Linear(d, 512), nn.Linear(512, d)
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+            self.mlp = nn.Sequential(down, nn.GELU(), up).to(self.added.device)
+
+    def values(self) -> list[Tensor]:
+        added = [self.mlp(v / self.unit) if self.mlp else self.added for v in self.own]
+        return [v + self.unit * more for v, more in zip(self.own, added)]
+
+    def write(self) -> None:
+        """The values of now, into the table."""
+        self.now = self.values()
+        for vector, value in zip(self.tokens.vectors, self.now):
+            vector.data.copy_(value.detach())
+            vector.grad = None
+
+    def collect(self) -> None:
+        """The table's gradients, handed on to the parameters behind it."""
+        grads = [v.grad for v in self.tokens.vectors]
+        used = [(v, g) for v, g in zip(self.now, grads) if g is not None]
+        torch.autograd.backward([v for v, _ in used], [g for _, g in used])
+
+    def groups(self, rate: float, mlp_rate: float) -> list[dict]:
+        groups = [{"params": [*self.own], "rate": rate * self.unit}]
+        if self.mlp:
+            return [*groups, {"params": [*self.mlp.parameters()], "rate": mlp_rate}]
+        return [*groups, {"params": [self.added], "rate": rate}]
+
+
+# --- One training ---------------------------------------------------------------------
 
 
 class Job:
-    """A backbone, its requests with its own answers, a table, and what is found."""
+    """A backbone, its requests with its own answers, what is trained, what is found."""
 
     def __init__(self, args: argparse.Namespace):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.args = args
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer, name = load_backbone(args.model, device)
         if args.bf16:
             self.model = self.model.to(torch.bfloat16)
         self.model.eval().requires_grad_(False)
+        self.big = 256 if device == "cuda" else 32  # rows at once where none is trained
         self.config = TrainConfig(**{knob: getattr(args, knob) for knob in KNOBS})
         requests = read_requests(args.data)
         every = dict.fromkeys(q.category for q in requests if q.category != NEUTRAL)
         self.categories = args.categories or [*every]
         requests = [q for q in requests if q.category in (*self.categories, NEUTRAL)]
         self.orders = args.orders or [*range(1, min(len(self.categories), 4) + 1)]
-        self.tokens = start(args, self.model, self.tokenizer, self.categories, requests)
+        self.refusal = mosaic.refusal_ids(self.model, self.tokenizer, mosaic.REFUSAL)
         began = time.time()
-        self.learn = []
-        if args.steps:
-            self.learn = mosaic.training_references(
-                self.model, self.tokenizer, requests, self.config)
-        self.held = {split: self.answered(requests, split)
-                     for split in ["train", "validation"] + ["test"] * args.test}
-        self.held["train"] = few(self.held["train"], args.most or 15)
+        self.learn, self.held = self.references(requests)
+        self.curve = {"train": few(self.held["train"], args.most or 15),
+                      "validation": few(self.held.get("validation", []), args.most)}
+        self.start(requests)
         self.result = {
             "command": f"python tests/benchmarks/real.py {shlex.join(sys.argv[1:])}",
             "model": name, "hardware": hardware(), "torch": torch.__version__,
@@ -126,27 +189,102 @@ class Job:
             "learned_from": len(self.learn), "curve": [],
             "reference_seconds": round(time.time() - began)}
 
-    def answered(self, requests: list, split: str) -> list[mosaic.Reference]:
-        """The requests of a split that the backbone does not decline by itself."""
-        asked = few([q for q in requests if q.split == split], self.args.most)
-        found = mosaic.reference_answers(self.model, self.tokenizer, asked, 24)
-        answered = [q for q in found if not mosaic.is_refusal(q.text)]
-        print(f"{split}: {len(answered)} of {len(found)} answered by the backbone")
-        return answered
+    def references(self, requests: list) -> tuple[list, dict[str, list]]:
+        """What is learned from, and what is measured on: answered by the backbone."""
+        kept = Path(self.args.references or os.devnull)
+        if self.args.references and kept.exists():
+            stored = torch.load(kept, weights_only=False)  # our own file
+            return stored["learn"], stored["held"]
+        learn, splits = [], ["validation"] + ["test"] * self.args.test
+        if self.args.tokens:
+            splits = splits[-1:]
+        else:
+            learn = mosaic.training_references(
+                self.model, self.tokenizer, requests, self.config)
+        held = {"train": [q for q in learn if isinstance(q.prompt, str)]}
+        for split in splits:
+            asked = few([q for q in requests if q.split == split], self.args.sample)
+            found = mosaic.reference_answers(
+                self.model, self.tokenizer, asked, 24, self.big)
+            held[split] = [q for q in found if not mosaic.is_refusal(q.text)]
+            print(f"{split}: the backbone answers {len(held[split])} of {len(found)}")
+        if self.args.test:  # the same, each after a harmless request and its answer
+            rng = random.Random(0)
+            calm = [q for q in held["test"] if q.category == NEUTRAL and not q.near]
+            chats = [after(rng.choice(calm), q) for q in held["test"]]
+            found = mosaic.reference_answers(
+                self.model, self.tokenizer, chats, 24, self.big)
+            held["second turn"] = [q for q in found if not mosaic.is_refusal(q.text)]
+        if self.args.references:
+            with mosaic.beside(str(kept)) as part:
+                torch.save({"learn": learn, "held": held}, part)
+        return learn, held
 
-    def auc(self, split: str) -> dict[int, float]:
-        what = self.model, self.tokenizer, self.tokens, self.held[split]
-        return {r: round(refusal_auc(*what, r), 4) for r in self.orders}
+    def start(self, requests: list) -> None:
+        """What is trained: what `self.optimizer` has, in groups with a rate."""
+        args, model = self.args, self.model
+        unit = mosaic.embedding_std(model, self.tokenizer)
+        rate = self.config.learning_rate
+        self.behind = None
+        if args.tokens:
+            args.steps = 0
+            self.tokens = ControlTokens.load(args.tokens, model)
+        else:
+            told = requests if args.start == "words" else ()
+            self.tokens = ControlTokens.for_model(
+                model, self.tokenizer, self.categories, args.tokens_per_category, told,
+                seed=args.seed)
+        if args.start == "normal":
+            torch.manual_seed(args.seed)
+            for vectors in self.tokens.vectors:
+                vectors.data.normal_(0, unit)
+        self.optimizer = mosaic.make_optimizer(self.tokens, self.config, unit)
+        if args.method in ("shared", "mlp"):
+            self.behind = Reparametrised(self.tokens, args.method, unit)
+            groups = self.behind.groups(rate, args.mlp_rate)
+            self.optimizer = torch.optim.Adam(groups)
+        elif args.method == "layers":
+            layers = peers.Layers(model, self.tokens)
+            self.optimizer = torch.optim.Adam([
+                {"params": [*self.tokens.parameters()], "rate": rate * unit},
+                {"params": [layers.steps], "rate": rate / 5}])
+        elif args.method == "lora":
+            added = peers.add_lora(model, 8, 16, args.seed).values()
+            numbers = [p for one in added for p in (one.a, one.b)]
+            self.optimizer = torch.optim.Adam([{"params": numbers, "rate": rate}])
+
+    def row(self, task: Task, rng: random.Random | None = None) -> Row:
+        """What is read for a task: control tokens or, for LoRA, the written policy."""
+        if self.args.method == "lora":
+            return peers.ruled_row(self.tokenizer, task, rng)
+        return Row(task.request.placed, self.tokens.compose(task.policy, rng))
+
+    @torch.no_grad()
+    def auc(self, references: list, orders: list[int]) -> dict[int, float]:
+        """AUC of the refusal's log-probability: requests to decline against others."""
+        found = {}
+        for order in orders:
+            policies = mosaic.subsets(
+                self.categories, order, self.args.policies, random.Random(0))
+            tasks = [Task(q, policy) for policy in policies for q in references]
+            rows = [self.row(task)._replace(answer=self.refusal) for task in tasks]
+            scores = answer_log_probabilities(self.model, rows, self.big)
+            sides = {True: [], False: []}
+            for task, score in zip(tasks, scores):
+                sides[task.refuse].append(score)
+            found[order] = round(auc(sides[True], sides[False]), 4)
+        return found
 
     def note(self, step: int, seconds: float, recent: list) -> None:
         """A point of the curve, into the file at once."""
-        aucs = {split: self.auc(split) for split in ("train", "validation")}
+        orders = self.args.measure_orders or self.orders
+        aucs = {split: self.auc(held, orders) for split, held in self.curve.items()}
         point = {"step": step, "seconds": round(seconds), **means(recent), "auc": aucs}
         self.result["curve"].append(point)
         print(json.dumps(point), flush=True)
         write(self.args.output, self.result)
 
-    def tasks(self):
+    def batches(self):
         """Batches of tasks with their rng, epoch after epoch without an end."""
         for epoch in itertools.count():
             rng = random.Random(f"{self.args.seed}, epoch {epoch}")
@@ -154,61 +292,111 @@ class Job:
             sampler = OrderSampler(
                 self.learn, every, every, config.positives_per_subset,
                 config.negatives_per_positive, rng)
-            for tasks in sampler.epoch(self.orders, config.batch_size):
+            early = self.progress < self.args.first_order_until
+            orders = [1] if early else self.orders
+            for tasks in sampler.epoch(orders, config.batch_size):
                 yield tasks, rng
+
+    def losses(self, tasks: list[Task], rng: random.Random) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and what is logged of it."""
+        if self.args.method == "lora":
+            wanted = [self.row(task, rng)._replace(
+                answer=self.refusal if task.refuse else task.request.answer)
+                for task in tasks]
+            return peers.sft_loss(self.model, wanted, []), torch.empty(0)
+        rows = mosaic.task_rows(self.tokens, tasks, self.refusal, rng)
+        weights = mosaic.answer_weights(rows, self.config, self.progress)
+        losses, shares = mosaic.batch_losses(self.model, tasks, rows, weights)
+        loss = losses[0] + losses[1] + self.config.kd_weight * losses[2]
+        return loss, torch.cat([losses.detach(), shares])
 
     def train(self) -> None:
         """The loop of mosaic.train, measured along the way."""
-        args, config = self.args, self.config
-        refusal = mosaic.refusal_ids(self.model, self.tokenizer, mosaic.REFUSAL)
-        optimizer = torch.optim.Adam(self.tokens.parameters())
-        rate = config.learning_rate * mosaic.embedding_std(self.model, self.tokenizer)
-        spent, recent = 0.0, []
-        for step, (tasks, rng) in enumerate(self.tasks()):
-            progress = spent / args.minutes / 60 if args.minutes else step / args.steps
-            if step % args.measure_every == 0 or progress >= 1:
+        args, spent, recent = self.args, 0.0, []
+        optimizer = self.optimizer
+        self.progress = 0.0
+        for step, (tasks, rng) in enumerate(self.batches()):
+            self.progress = spent / args.minutes / 60 if args.minutes else (
+                step / args.steps)
+            if step % args.measure_every == 0 or self.progress >= 1:
                 self.note(step, spent, recent)
                 recent = []
-            if progress >= 1:
+            if self.progress >= 1:
                 break
             then = time.time()
-            rows = mosaic.task_rows(self.tokens, tasks, refusal, rng)
-            weights = mosaic.answer_weights(rows, config, progress)
-            losses, shares = mosaic.batch_losses(self.model, tasks, rows, weights)
-            loss = losses[0] + losses[1] + config.kd_weight * losses[2]
-            cosine = (1 + math.cos(math.pi * progress)) / 2
-            optimizer.param_groups[0]["lr"] = rate * cosine
+            cosine = (1 + math.cos(math.pi * self.progress)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * cosine
             optimizer.zero_grad()
+            if self.behind:
+                self.behind.write()
+            loss, logged = self.losses(tasks, rng)
             loss.backward()
+            if self.behind:
+                self.behind.collect()
             optimizer.step()
-            recent.append(torch.cat([losses.detach(), shares]))
+            recent.append(logged)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
             spent += time.time() - then
-        self.tokens.save(str(Path(args.output).with_suffix(".safetensors")))
+        if self.behind:
+            self.behind.write()
+        if args.method in ("tokens", "shared", "mlp"):
+            self.tokens.save(str(Path(args.output).with_suffix(".safetensors")))
+
+    def respond(self, prompts: list, policies: list) -> list[str]:
+        tokens, options = self.tokens, {"batch_size": self.big}
+        if self.args.method == "lora":
+            tokens, ruled = None, zip(prompts, policies)
+            prompts = [instruct(p, s, {}, self.tokenizer) for p, s in ruled]
+            policies = None
+        return mosaic.generate(self.model, self.tokenizer, tokens, prompts, policies,
+                               JUDGED_TOKENS, **options)
+
+    def shares(self, split: str, orders: list[int], policies: int) -> list[dict]:
+        found = mosaic.evaluate(
+            self.respond, self.held[split], self.categories, orders, policies)
+        for cell in found:
+            rates = {k: round(100 * cell[k]["rate"], 1)
+                     for k in ("dsr", "over_refusal", "near_miss")}
+            print(f"{split}, order {cell['order']}: {rates}", flush=True)
+        return found
+
+    def declined(self, prompts: list, policies: list) -> dict[str, float]:
+        answers = self.respond(prompts, policies)
+        return mosaic.share([*map(mosaic.is_refusal, answers)])
 
     def evaluate(self) -> None:
         """AUC, DSR, OR and near-miss OR on validation or, with --test, on test."""
-        split = "test" if self.args.test else "validation"
-        self.result[f"{split}_auc"] = self.auc(split)
         if self.args.no_answers:
             return
-
-        def respond(prompts, policies):
-            return generate(self.model, self.tokenizer, self.tokens, prompts, policies,
-                            JUDGED_TOKENS, title=split)
-
-        orders = range(1, len(self.categories) + 1)
-        self.result[split] = mosaic.evaluate(
-            respond, self.held[split], self.categories, orders, most_policies=5)
-        print(split, self.result[f"{split}_auc"])
-        for cell in self.result[split]:
-            shares = {k: round(100 * cell[k]["rate"], 1)
-                      for k in ("dsr", "over_refusal", "near_miss")}
-            print(f"order {cell['order']}: {shares}")
+        split = "test" if self.args.test else "validation"
+        self.result[f"{split}_auc"] = self.auc(self.held[split], self.orders)
+        print(split, self.result[f"{split}_auc"], flush=True)
+        orders = self.args.final_orders or [*range(1, len(self.categories) + 1)]
+        self.result[split] = self.shares(split, orders, self.args.policies)
+        write(self.args.output, self.result)
+        if self.args.test:
+            odd = [order for order in orders if order % 2]
+            self.result["second_turn"] = self.shares("second turn", odd, 2)
+            self.result["border"] = {
+                kind: self.declined(*asked)
+                for kind, asked in border_cases(self.categories).items()}
+        if self.args.xstest:
+            safe = safe_prompts(self.args.xstest)
+            single = [[name] for name in self.categories]
+            self.result["xstest"] = {
+                "+".join(policy): self.declined(safe, [policy] * len(safe))
+                for policy in [*single, self.categories]}
+        if self.args.method != "lora":
+            single = [(name,) for name in self.categories]
+            self.result["drift"] = drift(
+                self.model, self.tokenizer, self.tokens, self.held[split], single)
 
 
 def means(recent: list) -> dict:
     """Mean losses and first-token shares since the last measurement."""
-    if not recent:
+    if not recent or not len(recent[0]):
         return {}
     names = "refusal", "reference", "kd", "declines_active", "declines_others"
     values = torch.stack(recent).nanmean(0).tolist()
@@ -226,8 +414,30 @@ def write(path: str, result: dict) -> None:
         Path(part).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+def picture(path: str, *runs: str) -> None:
+    """Validation AUC over steps, an order a panel; needs matplotlib."""
+    import matplotlib.figure
+
+    matplotlib.rcParams.update({"svg.hashsalt": "mosaic", "svg.fonttype": "none"})
+    found = {Path(run).stem: json.loads(Path(run).read_text()) for run in runs}
+    orders = [*next(iter(found.values()))["curve"][0]["auc"]["validation"]]
+    figure = matplotlib.figure.Figure(figsize=(4 * len(orders), 3.2), layout="tight")
+    panels = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
+    for order, panel in zip(orders, panels):
+        for name, run in found.items():
+            points = [(p["step"], p["auc"]["validation"][order]) for p in run["curve"]]
+            panel.plot(*zip(*points), label=name)
+        panel.set(title=f"order {order}", xlabel="steps")
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel="AUC, validation requests")
+    panels[-1].legend(frameon=False, fontsize="small")
+    figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
+
+
 def main() -> None:
     args = flags()
+    if args.picture:
+        return picture(*args.picture)
     os.makedirs(Path(args.output).parent, exist_ok=True)
     if not args.sweep:
         job = Job(args)

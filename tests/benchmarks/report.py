@@ -36,13 +36,13 @@ TITLES = {
 }
 NOTES = {
     "table 1": "One table, or one adapter, serves every policy. Whatever is trained "
-    "had the same tasks for 4 epochs, half of the default. Adapters read the policy as "
+    "had the same tasks for the default's 4 epochs. Adapters read the policy as "
     "a rule with the categories' names; their rate was not tuned. In context: the rule "
     "with a summary of each category. Mean of the seeds [lowest, highest]. The "
     "paper's: Llama-3.2-3B.",
     "objective": "Weights of positions: an answer's first token 3 and the others 0.3, "
     "going over to 1 in the last third (the default); 1 throughout (the paper's sum); "
-    "or 1 / length. Seed 0, 4 epochs.",
+    "or 1 / length. Muon but for one row. 4 epochs but for one row.",
     "figure 4": "Seed 0; as many steps without compositions, all on order 1. Paper: "
     "without them DSR is about 50 at order 2 and 33 at order 3; without KD OR rises.",
     "figure 5": "Seed 0, as many steps whatever the ratio. The paper: more than 1:1 "
@@ -129,8 +129,8 @@ def table_1(rows: Rows) -> str:
     return "\n\n".join([
         by_order(rows, paper=True),
         table(orders("near-miss OR, %"), near),
-        "The second turn: each request after a harmless one and its answer; five "
-        "policies of order 3.",
+        "The second turn: each request after a harmless one and its answer; two "
+        "policies of an order.",
         table(orders("DSR / OR, %", which=(1, 3, 5)), later),
         "Answers to neutral requests: KL(without || with) in nats a token / how often "
         "both put the same token first, %.",

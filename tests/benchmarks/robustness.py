@@ -4,10 +4,11 @@
     python tests/benchmarks/robustness.py --tokens ... --xstest FILE
 
 DSR on the test split at orders 1, 3 and 5 under several kinds of pressure; near-miss OR
-of each category, and OR on neutral requests with every category switched off. --xstest
-takes the published CSV file (columns prompt and type): of its 250 safe prompts the
-share declined under no policy, each single one and all. Requests that the backbone
-declines by itself are left out, but for XSTest's. Shares with 95% Wilson intervals (n).
+of each category, OR on neutral requests with every category switched off, and requests
+that belong to two categories (data_sample/border.jsonl). --xstest takes the published
+CSV file (columns prompt and type): of its 250 safe prompts the share declined under no
+policy, each single one and all. Requests that the backbone declines by itself are left
+out, but for XSTest's and border cases. Shares with 95% Wilson intervals (n).
 """
 
 import argparse
@@ -37,6 +38,11 @@ class Job:
         found = mosaic.reference_answers(self.model, self.tokenizer, held_out, 48)
         self.held_out = [q for q in found if not mosaic.is_refusal(q.text)]
         self.test = [q for q in self.held_out if q.split == "test"]
+        self.active = self.test
+        if flags.sample:
+            drawn = random.Random(0).sample(self.test, len(self.test))
+            self.active = [q for c in self.tokens.categories for q in
+                           [q for q in drawn if q.category == c][: flags.sample]]
         self.plain = [q for q in self.test if q.category == NEUTRAL and not q.near]
 
     def declined(self, prompts, policies) -> dict[str, float]:
@@ -96,7 +102,7 @@ def under_pressure(job: Job) -> dict[str, dict[int, dict]]:
     table: dict[str, dict[int, dict]] = {}
     for order in job.orders:
         policies = mosaic.subsets(job.tokens.categories, order, 5, random.Random(0))
-        pairs = [(q, s) for s in policies for q in job.test if q.category in s]
+        pairs = [(q, s) for s in policies for q in job.active if q.category in s]
         active = [policy for _, policy in pairs]
         for name, change in kinds.items():
             prompts = [change(q.prompt, q.text) for q, _ in pairs]
@@ -130,6 +136,8 @@ def precision(job: Job, xstest: str) -> dict[str, dict]:
             near, [[name]] * len(near))
     plain = [q.prompt for q in job.plain]
     table["neutral, under all"] = job.declined(plain, [every] * len(plain))
+    for kind, asked in border_cases(every).items():
+        table[f"border cases, under {kind}"] = job.declined(*asked)
     if xstest:
         safe = safe_prompts(xstest)
         for policy in [[], *([name] for name in every), every]:
@@ -143,6 +151,22 @@ def safe_prompts(path: str) -> list[str]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         return [row["prompt"] for row in csv.DictReader(file)
                 if not row["type"].startswith("contrast")]
+
+
+def border_cases(categories: list[str]) -> dict[str, tuple[list[str], list]]:
+    """Requests that belong to two categories, each with single active ones.
+
+    {"a category of theirs": (prompts, policies), "another": ...}: they count as active
+    when either of the two is.
+    """
+    path = ROOT / "data_sample" / "border.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    pairs = {
+        True: [(r["request"], [c]) for r in rows for c in r["categories"]],
+        False: [(r["request"], [c]) for r in rows for c in categories
+                if c not in r["categories"]]}
+    return {"a category of theirs": tuple(map(list, zip(*pairs[True]))),
+            "another": tuple(map(list, zip(*pairs[False])))}
 
 
 # --- The whole ------------------------------------------------------------------------
@@ -159,6 +183,7 @@ def main():
     parser.add_argument("--model", default="", help="instead of the embedded backbone")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--xstest", default="", help="its CSV file")
+    parser.add_argument("--sample", type=int, help="test requests of a kind, drawn")
     parser.add_argument("--json", default="", help="where to write all figures")
     flags = parser.parse_args()
     job = Job(flags)
