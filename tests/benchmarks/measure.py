@@ -1,7 +1,6 @@
 """What is measured beside DSR and OR: AUC, drift, multiple choice, a model as judge."""
 
 import itertools
-import random
 import re
 from collections.abc import Callable, Sequence
 
@@ -9,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from mosaic import (
-    NEUTRAL, ControlTokens, Model, Policy, Prompt, Reference, Request, Row, Task,
-    Tokenizer, answer_logits, control_row, counterfactual_kd, last_words, make_batch,
-    refusal_ids, share, subsets,
+    NEUTRAL, ControlTokens, Model, Policy, Prompt, Reference, Row, Tokenizer,
+    answer_logits, control_row, counterfactual_kd, last_words, make_batch, share,
 )
 
 
@@ -41,31 +39,6 @@ def answer_log_probabilities(
         for i, part in zip(chosen, parts):
             found[i] = -part.sum().item()
     return found
-
-
-def refusal_auc(
-    model: Model, tokenizer: Tokenizer, tokens: ControlTokens,
-    references: Sequence[Reference], order: int, most_policies: int = 5, seed: int = 0,
-    batch_size: int = 16,
-) -> float:
-    """AUC of the refusal's log-probability: active categories' requests against others.
-
-    Over all pairs of a policy of this order (a seeded sample of them) and a request.
-    The cheapest telling number of a table: DSR and OR only follow it.
-    """
-    rng = random.Random(seed)
-    policies = subsets(tokens.categories, order, most_policies, rng)
-    refusal = refusal_ids(model, tokenizer, tokens.made_for["refusal"])
-    tasks = [Task(request, policy) for policy in policies for request in references]
-    with torch.no_grad():
-        rows = [
-            Row(task.request.placed, tokens.compose(task.policy), refusal)
-            for task in tasks
-        ]
-    scores = answer_log_probabilities(model, rows, batch_size)
-    active = [score for task, score in zip(tasks, scores) if task.refuse]
-    others = [score for task, score in zip(tasks, scores) if not task.refuse]
-    return auc(active, others)
 
 
 @torch.no_grad()
