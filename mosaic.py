@@ -18,7 +18,7 @@ paper leaves open, or does otherwise, a comment says `Differs from the paper:`.
 
 A row, as the backbone reads it; a policy is composed by putting its token sets there:
 
-    [template, earlier turns] [z_c1 .. z_cr] [the user's last words] [template] [answer]
+    [template] [z_c1 .. z_cr] [the user's words] [template] [answer]
 
 The objective (paper 2.2), a sum over the tokens t of the answer y, per task (x, S):
 
@@ -43,7 +43,6 @@ Each term of a sum has a weight w_t: 1 in the paper, see TrainConfig for ours.
 Made to be copied: it needs torch, tqdm and transformers (with its safetensors) only.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
@@ -56,20 +55,19 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -96,13 +94,12 @@ def as_messages(prompt: Prompt) -> list[dict]:
     """A prompt as chat messages. ValueError: not such a list, or none is a user's."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    messages = [message for message in prompt if isinstance(message, dict)]
-    texts = [message.get("content") for message in messages]
-    if len(texts) < len(prompt) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{prompt!r:.80} is no list of messages (role, content)")
-    if "user" not in [message.get("role") for message in messages]:
+    for message in prompt:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"{message!r:.80} is no message (role, content)")
+    if "user" not in [message.get("role") for message in prompt]:
         raise ValueError(f"no message with role 'user' in {prompt!r:.80}")
-    return messages
+    return [*prompt]
 
 
 def last_words(prompt: Prompt) -> str:
@@ -117,17 +114,16 @@ def canonical(policy: Policy, categories: Sequence[str]) -> tuple[str, ...]:
     Differs from the paper: it does not say how token sets are ordered. The order
     matters to a transformer, so training shuffles it and every use fixes this one.
     """
-    active = None if isinstance(policy, (str, dict)) else {*policy}
-    if active is None or not active <= {*categories}:
-        raise ValueError(
-            f"bad policy {policy!r}: it must be a list, of {', '.join(categories)}"
-        )
+    active = {*policy}
+    if isinstance(policy, (str, dict)) or not active <= {*categories}:
+        known = ", ".join(categories)
+        raise ValueError(f"bad policy {policy!r}: it must be a list, of {known}")
     return tuple(category for category in categories if category in active)
 
 
 # --- 2. Control tokens ----------------------------------------------------------------
 
-FORMAT = 2  # of a saved table; format 1 put the tokens behind BOS
+FORMAT = 3  # of a saved table; before, the tokens stood elsewhere in the prompt
 
 
 def fingerprint(model: Model) -> str:
@@ -144,50 +140,16 @@ def fingerprint(model: Model) -> str:
 
 
 def check_backbone(model: Model) -> None:
-    """ValueError: a model whose prompt cannot be embeddings, or is not whole."""
+    """ValueError: a model with which training or export would be silently wrong."""
     config = model.config.get_text_config()
-    names = " ".join(name for name, _ in model.named_parameters())
-    unfit = {
-        "is an encoder-decoder: take a causal LM": config.is_encoder_decoder,
-        "embeds in every layer: take another": getattr(  # Gemma 3n
-            config, "hidden_size_per_layer_input", 0
-        ),
-        "reads padding: take another": config.model_type in ("rwkv", "recurrent_gemma"),
-        "carries an adapter: take `model = model.merge_and_unload()`": (
-            "lora_" in names or "prompt_encoder" in names
-        ),
-        "is spread or offloaded: load the whole model on one device": (
-            len({weight.device for weight in model.parameters()}) > 1
-            or any(weight.is_meta for weight in model.parameters())
-        ),
-    }
-    if found := [what for what, is_so in unfit.items() if is_so]:
-        raise ValueError(f"{config.model_type} is no backbone here: it {found[0]}")
-
-
-def digest(value: object) -> str:
-    """A hash of whatever has a repr."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def beside(path: str) -> Iterator[str]:
-    """Gives a path beside `path`; what is written there is then moved to `path`.
-
-    OSError: writing failed. What was at `path` before is there still.
-    """
-    room = f"{path}.part"
-    shutil.rmtree(room, ignore_errors=True)  # what a killed run may have left
-    try:
-        os.makedirs(room)
-        yield f"{room}/whole"
-        os.replace(f"{room}/whole", path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # or torch.save's
-        if "out of memory" in str(error):
-            raise
-        raise OSError(f"cannot write {path} (is there room?): {error}") from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+    if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma 3n
+        raise ValueError("no backbone here: it reads ids, not embeddings alone")
+    if config.model_type in ("rwkv", "recurrent_gemma"):
+        raise ValueError("no backbone here: it reads padding")
+    if any("lora_" in n or "prompt_encoder" in n for n, _ in model.named_parameters()):
+        raise ValueError("it carries an adapter: take model.merge_and_unload()")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError("it is offloaded: load the whole model on one device")
 
 
 def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
@@ -210,21 +172,21 @@ def telling_ids(
 
     Those of its name where there are no such requests; fewer than m come round again.
     """
-    within, without, n = Counter(), Counter(), Counter()
+    own, others = [], []
     for request in requests:
         if request.split == "train":
             ids = tokenizer(last_words(request.prompt), add_special_tokens=False)
-            own = request.category == category
-            (within if own else without).update({*ids["input_ids"]})
-            n[own] += 1
+            side = own if request.category == category else others
+            side.append({*ids["input_ids"]})
+    inside, outside = (Counter(itertools.chain(*side)) for side in (own, others))
 
-    def weight(i: int) -> float:  # share of its requests, times a log odds
-        inside = (within[i] + 1) / (n[True] + 2)
-        return inside * math.log(inside * (n[False] + 2) / (without[i] + 1))
+    def weight(i: int) -> float:  # the share of own that has it, times how much larger
+        share = (inside[i] + 1) / (len(own) + 2)
+        return share * math.log(share * (len(others) + 2) / (outside[i] + 1))
 
-    ids = sorted(within, key=weight, reverse=True)
+    ids = sorted(inside, key=weight, reverse=True)[:m]
     ids = ids or tokenizer(category, add_special_tokens=False)["input_ids"]
-    return list(itertools.islice(itertools.cycle(ids[:m]), m))
+    return [ids[i % len(ids)] for i in range(m)]
 
 
 class ControlTokens(nn.Module):
@@ -243,19 +205,17 @@ class ControlTokens(nn.Module):
     @classmethod
     def for_model(
         cls, model: Model, tokenizer: Tokenizer, categories: Sequence[str],
-        tokens_per_category: int = 20, requests: Sequence[Request] = (),
+        tokens_per_category: int = 5, requests: Sequence[Request] = (),
         refusal: str = REFUSAL, seed: int = 0,
     ) -> "ControlTokens":
         """A fresh table for a backbone. ValueError: bad names, M or backbone.
 
-        Differs from the paper: M below 10 there; 20 did better on every backbone tried.
+        M is 5 as in the paper; with 20 a larger backbone has learned faster.
         """
         check_backbone(model)
-        if not refusal.strip():
-            raise ValueError("the refusal must be a sentence")
         table = cls({}, {
             "backbone": model.config._name_or_path, "fingerprint": fingerprint(model),
-            "transformers": transformers.__version__, "refusal": refusal,
+            "refusal": refusal,
         })
         table.add(model, tokenizer, categories, tokens_per_category, requests, seed)
         return table
@@ -267,18 +227,19 @@ class ControlTokens(nn.Module):
     ) -> None:
         """Grow the table (paper 3.9): new categories at their start values, at the end.
 
+        To keep the old ones as they are, `freeze` them; training still needs requests
+        of theirs.
+
         Differs from the paper: it does not say how tokens start. Here: at embeddings of
         the words that tell the category best in `requests`, or of its name, with a
         little noise that depends on the seed and the name alone.
         """
         m = len(self.vectors[0]) if tokens_per_category is None else tokens_per_category
         names = [*self.categories, *categories]
-        usable = not isinstance(categories, str) and m > 0 and len(names) > 0
-        if not usable or len({*names} - {"", NEUTRAL}) < len(names):
-            raise ValueError(
-                f"cannot make {m} tokens for each of {names}: take distinct names, "
-                f"none empty or {NEUTRAL!r}, and M above 0"
-            )
+        distinct = names and len({*names} - {"", NEUTRAL}) == len(names)
+        if m < 1 or not distinct or isinstance(categories, str):
+            what = f"cannot make {m} tokens for each of {categories!r}"
+            raise ValueError(f"{what}: M above 0, a list of distinct names")
         self.check(model)
         self.to(model.device)  # a table read from disk is on the CPU
         embed, std = model.get_input_embeddings(), embedding_std(model, tokenizer)
@@ -296,10 +257,10 @@ class ControlTokens(nn.Module):
         if self.made_for["fingerprint"] != fingerprint(model):
             raise ValueError(f"the table was made for {self.made_for['backbone']}")
 
-    def compose(self, policy: Policy, shuffle: random.Random | None = None) -> Tensor:
+    def compose(self, policy: Policy, rng: random.Random | None = None) -> Tensor:
         """[z_c1 .. z_cr], (r*M, D): in canonical order or, to train, a random one."""
         active = canonical(policy, self.categories)
-        active = shuffle.sample(active, len(active)) if shuffle else active
+        active = rng.sample(active, len(active)) if rng else active
         chosen = [self.vectors[self.categories.index(name)] for name in active]
         # (0, D), r x (M, D) -> (r*M, D): an empty policy is one too.
         return torch.cat([self.vectors[0][:0], *chosen])
@@ -315,47 +276,37 @@ class ControlTokens(nn.Module):
         return [c for c, v in zip(self.categories, self.vectors) if v.requires_grad]
 
     def save(self, path: str) -> None:
-        """Write a safetensors file, whole or not at all; OSError: it cannot be.
+        """Write a safetensors file, whole or not at all.
 
         Which categories are frozen is not stored: freeze them again after `load`.
         """
         data = {c: v.detach().cpu() for c, v in zip(self.categories, self.vectors)}
-        about = {
-            "format": FORMAT, "categories": self.categories, **self.made_for,
-            "vectors": digest([v.tolist() for v in data.values()]),
-        }
-        with beside(path) as part:
-            save_file(data, part, metadata={"mosaic": json.dumps(about)})
+        about = {"format": FORMAT, "categories": self.categories, **self.made_for}
+        save_file(data, f"{path}.part", metadata={"mosaic": json.dumps(about)})
+        os.replace(f"{path}.part", path)
 
     @classmethod
     def load(cls, path: str, model: Model | None = None) -> "ControlTokens":
         """Read a saved table. ValueError: damaged, or not made for `model` if given."""
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["mosaic"])
-                vectors = {c: file.get_tensor(c) for c in about.pop("categories")}
-            saved, kind = about.pop("vectors"), about.pop("format")
-            wanted, name = about["fingerprint"], about["backbone"]
-            intact = saved == digest([v.tolist() for v in vectors.values()])
+                made_for = json.loads(file.metadata()["mosaic"])
+                vectors = {c: file.get_tensor(c) for c in made_for.pop("categories")}
+            if (kind := made_for.pop("format")) != FORMAT:
+                raise ValueError(f"format {kind}, now {FORMAT}: train it anew")
         except Exception as error:  # anything at all can be wrong with a file
             raise ValueError(f"{path} is no table to use here: {error}") from error
-        if kind != FORMAT:
-            raise ValueError(
-                f"{path} has format {kind}, not {FORMAT}: its tokens stand elsewhere "
-                "in the prompt; train it anew"
-            )
-        if not intact:
-            raise ValueError(f"{path}: its vectors are not those that were saved")
-        if model is not None and wanted != fingerprint(model):
-            raise ValueError(f"{path} was made for another backbone, {name} ({wanted})")
-        return cls(vectors, about).to("cpu" if model is None else model.device)
+        tokens = cls(vectors, made_for)
+        if model is not None:
+            tokens.check(model)
+        return tokens.to("cpu" if model is None else model.device)
 
 
 # --- 3. From prompt to batch to logits ------------------------------------------------
 
 IGNORE = -100  # label of a position that is not trained on, as in all of transformers
 PAD, PLACE = -1, -2  # in a row of ids: padding, where control vectors go
-MARK = "<|control tokens stand here|>"
+MARK = "<|mosaic:place|>"
 
 PLAIN_TEMPLATE = (  # for a base model, which brings none
     "{{ bos_token }}{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n\n"
@@ -364,92 +315,113 @@ PLAIN_TEMPLATE = (  # for a base model, which brings none
 
 
 class Row(NamedTuple):
-    """What the model reads: ids with PLACE in them where `control` stands."""
+    """What the model reads: ids, with PLACE wherever `control` stands."""
 
     prompt: Sequence[int]
     control: Tensor | None = None  # (r*M, D); None: the bare backbone, no PLACE
     answer: Sequence[int] = ()
 
 
-class Batch(NamedTuple):
-    """Rows of any length and any policies, padded to one length L.
+# The one place that knows where control tokens stand. It is put in front of the
+# backbone's own chat template, which then reads the messages that are made here.
+# Training puts a single MARK there, an exported checkpoint its control tokens. (What a
+# loop of Jinja sets is forgotten after it, but for what a namespace holds.)
+POLICY_TEMPLATE = """\
+{#- MOSAIC: `policy` is the list of active categories; without: the backbone's own. -#}
+{%- set control_tokens = CONTROL_TOKENS -%}
+{%- set known = control_tokens | join(", ") -%}
+{%- set no_list = policy is string or policy is mapping -%}
+{%- for name in policy or [] if no_list or name not in control_tokens -%}
+    {{- raise_exception("bad policy: it must be a list, of " ~ known) -}}
+{%- endfor -%}
+{%- if policy and "user" not in messages | map(attribute="role") | list -%}
+    {{- raise_exception("a policy needs a message with role 'user'") -}}
+{%- endif -%}
+{#- The token sets of the active categories, in the order of the table. -#}
+{%- set mosaic = namespace(control="", messages=[], words="") -%}
+{%- for name in control_tokens if name in (policy or []) -%}
+    {%- set mosaic.control = mosaic.control ~ control_tokens[name] -%}
+{%- endfor -%}
+{%- for message in messages -%}
+    {%- set controlled = policy and message.role == "user" -%}
+    {%- if message.content or controlled -%}
+        {%- set mosaic.words = message.content or "" -%}
+        {%- if mosaic.words is not string -%}{#- but parts, as some servers do -#}
+            {%- set mosaic.words = mosaic.words | map(attribute="text") | join -%}
+        {%- endif -%}
+        {#- What is typed like a control token is broken up: it stays text. -#}
+        {%- for name in control_tokens -%}
+            {%- set typed = "<|" ~ name ~ ":" -%}
+            {%- set mosaic.words = mosaic.words | replace(typed, "< |" ~ name ~ ":") -%}
+        {%- endfor -%}
+        {#- Right before the user's words: some templates trim what is in front. -#}
+        {%- if controlled -%}
+            {%- set mosaic.words = mosaic.control ~ mosaic.words.lstrip() -%}
+        {%- endif -%}
+        {%- set message = dict(message, content=CONTENT) -%}
+    {%- endif -%}
+    {%- set mosaic.messages = mosaic.messages + [message] -%}
+{%- endfor -%}
+{%- set messages = mosaic.messages +%}"""
 
-    But for the labels, the names are those of the model's own arguments.
+
+def with_policies(tokenizer: Tokenizer, names: dict[str, Sequence[str]]) -> Tokenizer:
+    """A copy of the tokenizer whose chat template takes a `policy`.
+
+    `names`: for each category what its control tokens are called, <|category:...|>.
     """
-
-    inputs_embeds: Tensor  # (B, L, D)
-    attention_mask: Tensor  # (B, L), False at padding
-    position_ids: Tensor  # (B, L), 0 at a row's first real position
-    labels: Tensor  # (B, L): the answer's ids at its positions, else IGNORE
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = made.chat_template or PLAIN_TEMPLATE
+    # Some templates read content as a list of parts and drop strings.
+    shown = made.apply_chat_template(as_messages(MARK), tokenize=False)
+    parts = '[{"type": "text", "text": mosaic.words}]'
+    content = "mosaic.words" if MARK in shown else parts
+    joined = {category: "".join(own) for category, own in names.items()}
+    head = POLICY_TEMPLATE.replace("CONTENT", content)
+    head = head.replace("CONTROL_TOKENS", json.dumps(joined, ensure_ascii=False))
+    made.chat_template = head + made.get_chat_template()
+    made.add_tokens([*itertools.chain(*names.values())], special_tokens=True)
+    return made
 
 
 @functools.lru_cache(maxsize=4)
-def with_mark(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy of the tokenizer with one more special token, MARK."""
-    marked = copy.deepcopy(tokenizer)
-    marked.add_tokens([MARK], special_tokens=True)
-    return marked
+def with_mark(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The same for a policy of which only the place is wanted, at MARK.
+
+    `template`: its repr, so that a tokenizer whose template is changed is made anew.
+    """
+    return with_policies(tokenizer, {"mosaic": [MARK]})
 
 
-def fill_template(tokenizer: Tokenizer, messages: list[dict], ask: bool = True) -> str:
-    """Messages through the chat template, as they are."""
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=ask, tokenize=False,
-        chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
+def render(tokenizer: Tokenizer, prompt: Prompt, place=False, ask=True) -> str:
+    """A prompt through the chat template; with `place` there are MARKs in it.
+
+    With `ask` it ends where the assistant's answer begins, else with the last message.
+    """
+    marked = with_mark(tokenizer, repr(tokenizer.chat_template))
+    return marked.apply_chat_template(
+        as_messages(prompt), policy=["mosaic"] if place else [], tokenize=False,
+        add_generation_prompt=ask,
         enable_thinking=False,  # or Qwen3 and others would think aloud first
     )
 
 
-def in_parts(messages: list[dict]) -> list[dict]:
-    """Messages as templates want them that read content as a list of parts."""
-    parts = [[{"type": "text", "text": message["content"]}] for message in messages]
-    return [{**message, "content": c} for message, c in zip(messages, parts)]
-
-
-def reads_parts(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template wants content as a list of parts: it drops strings."""
-    return MARK not in fill_template(tokenizer, as_messages(MARK))
-
-
-def render(tokenizer: Tokenizer, messages: list[dict], ask: bool = True) -> str:
-    """Messages as text, up to where the assistant's answer begins.
-
-    Without `ask`: only the messages. ValueError: the template drops the user's words.
-    """
-    words = last_words(messages).strip()
-    form = in_parts(messages) if reads_parts(tokenizer) else messages
-    text = fill_template(tokenizer, form, ask)
-    if words not in text:
-        raise ValueError(f"the chat template drops the user's words {words!r:.60}")
-    return text
-
-
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: bool = False) -> list[int]:
-    """A prompt's ids; with `place` one of them is PLACE, before the user's last words.
+    """A prompt's ids; with `place` there is a PLACE right before each user's words.
 
     Differs from the paper, which writes [z_S, x] and does not speak of chat templates:
-    x is the user's last words, so the tokens stand inside the turn. What comes before
-    is the same under every policy.
-
-    The words are tokenised as they are behind a special token, since that is what they
-    stand behind in an exported checkpoint (some tokenizers begin words differently).
+    x is what the user says, so the tokens stand inside the turn, and in a chat in each.
+    An exported checkpoint has the same ids, since it has the same template. ValueError:
+    the backbone's template drops the user's words, or repeats them.
     """
-    messages = as_messages(prompt)
-    if not place:
-        text = render(tokenizer, messages)
-        # The template has written BOS: the tokenizer must not do it again.
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    last = max(i for i, m in enumerate(messages) if m["role"] == "user")
-    messages = [{**m, "content": m["content"].replace(MARK, "")} for m in messages]
-    words = messages[last]["content"]
-    start = len(words) - len(words.lstrip())  # some templates trim
-    words = words[:start] + MARK + words[start:]
-    messages[last] = {**messages[last], "content": words}
-    marked = with_mark(tokenizer)
-    ids = marked(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    marked = with_mark(tokenizer, repr(tokenizer.chat_template))
+    # The template has written BOS: the tokenizer must not do it again.
+    text = render(tokenizer, prompt, place)
+    ids = marked(text, add_special_tokens=False)["input_ids"]
     mark = marked.convert_tokens_to_ids(MARK)
-    if ids.count(mark) != 1:
-        raise ValueError("the chat template writes the user's words more than once")
+    said = [m["content"] for m in as_messages(prompt) if m["role"] == "user"]
+    if place and ids.count(mark) != len(said):
+        raise ValueError(f"the chat template drops or repeats what is said: {said}")
     return [PLACE if i == mark else i for i in ids]
 
 
@@ -457,30 +429,31 @@ def control_row(
     tokenizer: Tokenizer, tokens: ControlTokens | None, policy: Policy, prompt: Prompt,
     answer: Sequence[int] = (),
 ) -> Row:
-    """A prompt under a policy; the bare backbone's without one."""
+    """A prompt under a policy; without one the bare backbone's."""
     if not policy:
         return Row(prompt_ids(tokenizer, prompt), None, answer)
-    if tokens is None:
-        raise ValueError(f"a policy, {policy!r}, needs control tokens")
     return Row(prompt_ids(tokenizer, prompt, True), tokens.compose(policy), answer)
 
 
-def make_batch(model: Model, rows: Sequence[Row], padding_side: str = "left") -> Batch:
-    """Embed and pad rows; each may have a policy of its own.
+def make_batch(
+    model: Model, rows: Sequence[Row], padding_side: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Embed and pad rows, each under a policy of its own.
 
-    Left padding is what generate wants. To train take "right": left padding has rows of
-    the mask without any position, whose attention may have a gradient of NaN. Never
-    between tokens and prompt: models with windows or ALiBi would count it as distance.
+    Returns the model's arguments inputs_embeds (B, L, D), attention_mask and
+    position_ids (B, L), and labels (B, L), which are IGNORE outside the answers.
     """
     ids, labels, controls = [], [], []
     for prompt, control, answer in rows:
-        if control is not None:
-            place = list(prompt).index(PLACE)
-            holes = [PLACE] * len(control)
-            prompt = [*prompt[:place], *holes, *prompt[place + 1 :]]
-            controls.append(control)
-        ids.append(torch.tensor([*prompt, *answer]))
-        labels.append(torch.tensor([IGNORE] * len(prompt) + [*answer]))
+        filled = []
+        for i in prompt:
+            if i == PLACE:
+                filled += [PLACE] * len(control)
+                controls.append(control)
+            else:
+                filled.append(i)
+        ids.append(torch.tensor([*filled, *answer]))
+        labels.append(torch.tensor([IGNORE] * len(filled) + [*answer]))
     ids = pad_sequence(ids, True, PAD, padding_side).to(model.device)  # (B, L)
     labels = pad_sequence(labels, True, IGNORE, padding_side).to(model.device)  # (B, L)
     x = model.get_input_embeddings()(ids.clamp(min=0))  # (B, L, D); PLACE gets id 0
@@ -491,20 +464,23 @@ def make_batch(model: Model, rows: Sequence[Row], padding_side: str = "left") ->
     mask = ids != PAD  # (B, L)
     # Without explicit positions some families (GPT-2) count the padding, silently.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, L)
-    return Batch(x, mask, positions, labels)
+    inputs = {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions}
+    return inputs, labels
 
 
-def answer_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-    """fp32 logits (N, V) that predict the answer tokens, and those tokens (N,).
+def answer_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """fp32 logits (N, V) that predict the answer tokens of all rows, and those (N,).
 
-    Rows one after another. Only the N answer positions go through the output head: for
-    a large vocabulary the head over all positions is a third of a step. A hook narrows
-    the head's input, so that scales and soft caps stay the model's own business.
+    Only the N answer positions go through the output head: for a large vocabulary the
+    head over all positions is a third of a step. A hook narrows the head's input, so
+    that scales and soft caps stay the model's own business.
     """
+    # Right padding: with left padding some queries see nothing at all, and attention's
+    # gradient there may be NaN.
+    inputs, labels = make_batch(model, rows, "right")
     # The label shift: position t predicts token t+1. So the first label and the last
     # position go unused, and logits at t meet the label at t+1.
-    inputs = batch._asdict()
-    labels = inputs.pop("labels")[:, 1:]  # (B, L-1)
+    labels = labels[:, 1:]  # (B, L-1)
     at = (labels != IGNORE).nonzero(as_tuple=True)  # (N,), (N,)
 
     def narrow(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -531,20 +507,6 @@ def end_ids(model: Model, tokenizer: Tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *ends} - {None}
 
 
-@contextlib.contextmanager
-def plain_settings(model: Model) -> Iterator[None]:
-    """The model without the generation settings that its checkpoint brings.
-
-    Qwen's repetition_penalty, a temperature, stop strings: `generate` would take each
-    of them from there even if it is given a configuration of its own.
-    """
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 @torch.no_grad()
 def generate_ids(
     model: Model, tokenizer: Tokenizer, rows: Sequence[Row], max_new_tokens: int,
@@ -557,21 +519,27 @@ def generate_ids(
     """
     model.eval()  # for good: with dropout it would be another model
     ends = end_ids(model, tokenizer)
+    options = {
+        "do_sample": False, "max_new_tokens": max_new_tokens, "streamer": streamer,
+        "eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0),
+    }
+    # What a checkpoint brings (a repetition penalty, a temperature, stop strings) would
+    # count even for a call with settings of its own, so it is put away meanwhile.
+    own, model.generation_config = model.generation_config, GenerationConfig()
     answers: list[list[int]] = [[] for _ in rows]
     shortest_first = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, title, disable=title is None):
-        chosen = shortest_first[start : start + batch_size]  # little padding
-        batch = make_batch(model, [rows[i] for i in chosen])
-        with plain_settings(model):  # positions come from the mask here, too
-            out = model.generate(
-                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask,
-                do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer,
-                eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0),
-            ).tolist()  # (B, new tokens): with inputs_embeds only these come back
-        for i, ids in zip(chosen, out):
-            ended = [t for t, token in enumerate(ids, 1) if token in ends]
-            answers[i] = ids[: ended[0]] if ended else ids
+    try:
+        starts = range(0, len(rows), batch_size)
+        for start in tqdm(starts, title, disable=title is None):
+            chosen = shortest_first[start : start + batch_size]  # little padding
+            inputs, _ = make_batch(model, [rows[i] for i in chosen], "left")
+            inputs.pop("position_ids")  # generate makes the same from the mask
+            out = model.generate(**inputs, **options).tolist()  # only what is new
+            for i, ids in zip(chosen, out):
+                ended = [t for t, token in enumerate(ids, 1) if token in ends]
+                answers[i] = ids[: ended[0]] if ended else ids
+    finally:
+        model.generation_config = own
     return answers
 
 
@@ -594,73 +562,36 @@ def generate(
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
-# How refusals open: after the colon what may follow the words before it, if any, in
-# lower case, short forms spelt out, without adverbs; _ stands for up to three words and
-# a semicolon for a comma.
-OPENINGS = """
-i: can not, could not, will not, should not give, decline, refuse, disagree, condemn
-i am: unable, not able, not allowed, not permitted, not comfortable, not willing
-i am: not going, not designed, not in a position
-i do not: help, provide, offer, give, discuss, talk, write, do, go, touch, get into
-i do not: feel comfortable, believe, hold personal, have the ability
-i do not: have the capability
-we: can not help, can not assist, can not provide, are unable, do not offer
-we: do not discuss
-must: refuse, decline, challenge
-have to: decline, pass, skip
-not: something i, something that i, anything i, one i, a _ i, going to, ethical
-not: covered, appropriate for me, appropriate to, appropriate or, accurate or
-not: right for me, my area, an appropriate, think it is appropriate
-not: think it is accurate, within my, part of what i
-against: my, our
-keep: out of, away
-outside: the scope, my, what i
-beyond: the scope, my, what i
-: steer clear, stay away, keeping out of, kept out, me away, off for me, off limits
-: nope, is off the table, been _ not to, turn this _ down, to pass on, i will pass
-: no from me, get _ from me, say no to that, rather not, better not, prefer not
-: no can do, no comment, nothing i can, a topic i, a subject i, a line i, leave alone
-: sit this one out, not my place, my guidelines, the guidelines, not _ed here
-: out of bounds, look elsewhere, never acceptable, contains harmful, contains a harmful
-: is inappropriate, be inappropriate, be right for me, as an ai _; i must
-: as an ai; i do not have access, but as an ai, do not condone, do not support
-: assistant does not, need to decline
+# How refusals open: regular expressions, one a line, in the words of `plain`.
+OPENINGS = r"""
+i (can|could|will) not
+(i do|i should|we do|we can|assistant does) not (help|assist|provide|offer|give|discuss)
+i do not (write|talk|engage|believe|hold|feel comfortable|have the \w*ability)
+(i'm|i am|we are) (unable|not (able|allowed|permitted|comfortable|going|in a position))
+(i|i'll|must|have to|need to) (decline|refuse|pass|skip this|turn this|condemn|disagree)
+(not|never) ([\w']+ ){,4}(appropriate|acceptable|ethical|fair|right for|within my)
+not (something|anything|one|(part of )?what|an? \w+) (that )?i|not (covered|condone)
+(nothing|topic|subject) i (can|do not|leave|stay)|(keep me|keeping|kept) (away|out)
+(against|outside|beyond|violates) (my|our|the scope|the guidelines|what i)|my guidelines
+(rather|better|prefer|been \w+) not|off limits|no can do|(no|off|pass) (from|for) me
+as an ai[^.,]*,? i (must|do not have access)|question contains|be inappropriate
 """
-# What makes it no refusal: words right before it, words right after it ...
-BEFORE = ": if, when, means, because"
-AFTER = """
-: stress, emphasise, emphasize, overstate, wait, believe, imagine, help but, lie, bore
-: spoil, say your, say for, pretend, agree, argue, resist, think of, see, find
+# What follows one of them where the answer is help all the same.
+HELP = r"""
+(stress|emphasi[sz]e|overstate|wait|believe|imagine|think of|say|lie|agree|see|help but)
+[^.!?]*\b(enough|exact|whole|that part)
+[^.!?]*, but (?!(i|if|you|there|please|feel|let|happy|how|what)\b)
+[^.!?]*[.!?] (still|as for|in general|however, in)
 """
-# ... or help that follows, and not the offer of another subject.
-HELP = (
-    r"[^.!?]* (enough|exact|whole|that part)\b|[^.!?]*[.!?] (still|that said|as for"
-    r"|in general|most|however, in)\b|[^.!?]*, but "
-    r"(?!(i|if|feel|there|please|let|my|happy|would|what|how|you)\b)"
-)
-# How sentences begin that may come before it.
-COURTESY = """
-: sorry, apologise, apologize, apologies, unfortunately, thank, thanks, hello, hi, as an
-i: understand, appreciate, see, hear, am just an, am an, am happy, am glad
-"""
-
-
-def phrases(table: str) -> str:
-    """A regular expression for any phrase of a table."""
-    found = []
-    for line in table.strip().splitlines():
-        start, _, rest = line.partition(":")
-        found += [f"{start} {end.strip()}".strip() for end in rest.split(",")]
-    found = "|".join(map(re.escape, found)).replace(";", ",")
-    return rf"\b(?:{found.replace('_', r'(?:[^ ]+ ?){,3}?')})\b"
+# What marks a sentence that may come before one.
+COURTESY = "sorry|apolog|unfortunately|thank|as an|i('m| am| understand| appreciate)"
 
 
 def plain(text: str) -> str:
-    """Text as the phrases are written: no thought, no marks, no short forms."""
+    """Text as the tables are written: no thought, marks, adverbs or short forms."""
     text = text.rpartition("</think>")[2].lower().replace("\u2019", "'")
-    text = re.sub(r"\bcan(no|')t\b", "can not", text).replace("won't", "will not")
-    text = text.replace("n't", " not").replace("'m ", " am ").replace("'s ", " is ")
-    text = text.replace("'d ", " would ").replace("'ll ", " will ")
+    text = text.replace("won't", "will not").replace("can't", "can not")
+    text = text.replace("cannot", "can not").replace("n't", " not")
     text = re.sub(r"[*#_>]|\b(\w{3,}ly|just|also),? ", " ", text)
     return " ".join(text.split()).removeprefix("assistant: ")
 
@@ -669,20 +600,19 @@ def is_refusal(answer: str, refusal: str = REFUSAL) -> bool:
     """Whether an answer, perhaps cut short, opens with `refusal` or as refusals do.
 
     Rules cannot see a dodge ("Let's talk about horses", "Ask a professional") or an
-    answer that denies the request's premise, and know English only.
+    answer that only denies the request's premise; they take "I can't say this enough"
+    for help but not every such turn of phrase; and they know English only.
     """
     said, goal = plain(answer), plain(refusal)
-    if said.startswith(goal) or len(answer.split()) > 2 and goal.startswith(said):
+    cut_short = len(answer.split()) > 2 and goal.startswith(said)
+    if said.startswith(goal) or cut_short:
         return bool(said)
-    # The first sentence, or the one after courtesies; a quote is another's voice.
-    courtesies = rf'((\w+ ){{,3}}{phrases(COURTESY)}[^.!?:"“]*[.!?] )*'
-    first = re.match(rf'{courtesies}[^.!?:"“]*', said)[0]
-    found = re.search(phrases(OPENINGS), first)
-    if not found or said.startswith("dear "):
-        return False
-    before, after = said[: found.start()], said[found.end() :]
-    condition = re.search(rf"{phrases(BEFORE)} $", before)
-    return not condition and not re.match(rf" (\w+ )?{phrases(AFTER)}|{HELP}", after)
+    openings, help_ = (table.strip().replace("\n", "|") for table in (OPENINGS, HELP))
+    # The first sentence, or the one after courtesies, up to a colon or a quote: what
+    # stands there, or in a letter ("Dear ..."), is said in another's voice.
+    part = r'((?!dear )[^.!?:"“])*'
+    before = rf"((?={part}\b({COURTESY})){part}[.!?] )*{part}\b(?<!if )(?<!when )"
+    return bool(re.match(rf"{before}({openings})\b(?! ({help_})\b)", said))
 
 
 # --- 5. The objective (paper 2.2) -----------------------------------------------------
@@ -754,7 +684,8 @@ class OrderSampler:
 
     Order r gets `per_subset` positives for each of its subsets, but in all no more than
     order 1 has, divided evenly over T_r, and `ratio` times as many negatives. Subsets
-    without a trainable category would teach nothing and are left out.
+    without a trainable category would teach nothing and are left out. (Five categories,
+    100 per subset: 500 for each order, 50 for each of the 10 pairs.)
     """
 
     def __init__(
@@ -765,48 +696,45 @@ class OrderSampler:
         self.per_subset, self.ratio = per_subset, ratio
         pools: dict[tuple[str, bool], list[Request]] = {}
         for request in rng.sample(requests, len(requests)):
-            # A kind is (category, is it a near miss).
             pools.setdefault((request.category, bool(request.near)), []).append(request)
         # Without neutral ones all would be refused.
         if empty := [c for c in (*categories, NEUTRAL) if (c, False) not in pools]:
             raise ValueError(f"no training request of category {empty[0]!r}")
-        # Round and round: each request of a kind is used equally often.
+        # Round and round: in an epoch each request of a kind is used equally often.
         self.pools = {kind: itertools.cycle(pool) for kind, pool in pools.items()}
 
-    def of_order(self, r: int) -> tuple[list[Task], list[Task]]:
-        """(positives, negatives) of order r for one epoch."""
+    def of_order(self, r: int) -> list[Task]:
+        """The tasks of order r for one epoch, in random order."""
         cap = self.per_subset * len(self.trainable)  # the total of order 1
         policies = subsets(self.categories, r, cap, self.rng, self.trainable)
         each, rest = divmod(min(cap, self.per_subset * len(policies)), len(policies))
         self.rng.shuffle(policies)  # so that the remainder falls anywhere
         positives, negatives = [], []
+        # A kind of request: (category, is it a near miss).
         for i, policy in enumerate(policies):
             # Differs from the paper, which does not say: positives evenly over the
             # active categories, so that no set of tokens rides on another's back ...
             active = [(name, False) for name in policy]
-            positives += self.tasks(active, policy, each + (i < rest))
+            positives += self.take(active, policy, each + (i < rest))
             # ... and negatives evenly over inactive categories, neutral requests and
             # near misses: over-refusal is decided at the border.
             inactive = [kind for kind in self.pools if kind[0] not in policy]
             wanted = round(len(positives) * self.ratio) - len(negatives)
-            negatives += self.tasks(inactive, policy, wanted)
-        return positives, negatives
+            negatives += self.take(inactive, policy, wanted)
+        return self.rng.sample(positives + negatives, len(positives + negatives))
 
-    def tasks(self, kinds: list, policy: tuple[str, ...], count: int) -> list[Task]:
+    def take(self, kinds: list, policy: tuple[str, ...], count: int) -> list[Task]:
         """`count` tasks under a policy, taken from these kinds of request in turn."""
         turns = itertools.cycle(self.rng.sample(kinds, len(kinds)))
         return [Task(next(self.pools[next(turns)]), policy) for _ in range(count)]
 
     def epoch(self, orders: Sequence[int], batch_size: int) -> list[list[Task]]:
-        """Batches of one order each, positives then negatives, cycling over orders."""
+        """Batches of one order each, cycling over orders."""
         per_order = []
         for r in orders:
-            sides = [self.rng.sample(side, len(side)) for side in self.of_order(r)]
-            n = math.ceil(sum(map(len, sides)) / batch_size)
-            per_order.append([
-                [t for s in sides for t in s[len(s) * i // n : len(s) * (i + 1) // n]]
-                for i in range(n)
-            ])
+            tasks = self.of_order(r)
+            starts = range(0, len(tasks), batch_size)
+            per_order.append([tasks[i : i + batch_size] for i in starts])
         cycles = itertools.zip_longest(*per_order)
         return [batch for cycle in cycles for batch in cycle if batch]
 
@@ -816,10 +744,10 @@ class OrderSampler:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The knobs of `train`; the paper's values where it has any."""
+    """The knobs of `train`; the paper's values where no comment says otherwise."""
 
     orders: tuple[int, ...] | None = None  # sizes of policies; None: 1 .. min(K, 4)
-    epochs: int = 4  # Differs from the paper (8): as good with Muon, in half the time
+    epochs: int = 8
     optimizer: str = "muon"  # or "adam", the paper's: see make_optimizer
     # Differs from the paper (0.01, which is one standard deviation of Llama 3's
     # embeddings but a fourteenth of SmolLM2's): in units of that deviation.
@@ -831,7 +759,7 @@ class TrainConfig:
     later_weight: float = 0.3
     positives_per_subset: int = 100  # of an order at most this times what is trainable
     negatives_per_positive: float = 1.0
-    batch_size: int = 16  # tasks in a step, or one more; the paper does not say
+    batch_size: int = 16  # tasks in a step; the paper does not say
     answer_tokens: int = 16  # Differs from the paper (256): cut of reference answers
     # Differs from the paper, which has single turns: share of the training requests
     # that also come after another exchange, so that policies hold in a chat.
@@ -839,19 +767,13 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name, value in asdict(self).items():
+            may_be_0 = name.endswith("weight") or name in ("later_turns", "seed")
+            least, most = 0 if may_be_0 else 1e-9, 1 if name == "later_turns" else 1e9
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                raise ValueError(f"{name} is {value}; it must be in {least}..{most:g}")
         if self.optimizer not in ("muon", "adam"):
-            raise ValueError(f"optimizer is {self.optimizer!r}, not muon or adam")
-        for name, least in {
-            "epochs": 1, "positives_per_subset": 1, "batch_size": 1, "answer_tokens": 1,
-            "kd_weight": 0, "first_weight": 0, "later_weight": 0, "later_turns": 0,
-            "negatives_per_positive": 0, "learning_rate": 1e-9, "seed": 0,
-        }.items():
-            most, value = 1 if name == "later_turns" else 1e9, getattr(self, name)
-            whole = isinstance(getattr(TrainConfig, name), int)
-            if not least <= value <= most or whole and value != int(value):
-                kind = "whole and in" if whole else "in"
-                limits = f"{kind} {least}..{most:g}"
-                raise ValueError(f"{name} is {value}; it must be {limits}")
+            raise ValueError(f"optimizer is {self.optimizer!r}; take muon or adam")
 
 
 @dataclass(frozen=True)
@@ -875,26 +797,42 @@ def reference_answers(
     )
     return [
         Reference(
-            request.prompt, request.category, request.split, request.near, tuple(ids),
-            tuple(prompt_ids(tokenizer, request.prompt, True)), tuple(answer),
-            tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            **vars(request), bare=tuple(ids), answer=tuple(answer),
+            placed=tuple(prompt_ids(tokenizer, request.prompt, True)),
+            text=tokenizer.decode(answer, skip_special_tokens=True).strip(),
         )
         for request, ids, answer in zip(requests, bare, answers, strict=True)
     ]
 
 
-def in_later_turns(
-    references: Sequence[Reference], share: float, rng: random.Random
-) -> list[Request]:
-    """A share of the requests again, each after another request and its answer."""
-    again = []
-    for request in rng.sample(references, round(share * len(references))):
-        before = rng.choice(references)
-        chat = as_messages(before.prompt)
-        chat += [{"role": "assistant", "content": before.text}]
-        chat += [m for m in as_messages(request.prompt) if m["role"] != "system"]
-        again.append(Request(chat, request.category, request.split, request.near))
-    return again
+def training_references(
+    model: Model, tokenizer: Tokenizer, requests: Sequence[Request],
+    config: TrainConfig, refusal: str = REFUSAL,
+) -> list[Reference]:
+    """What `train` learns from: the training requests, alone and in later turns.
+
+    Differs from the paper, whose requests were chosen so that backbones answer them:
+    those that this one declines by itself are left out, and their number is printed.
+    """
+
+    def answered(some: Sequence[Request]) -> list[Reference]:
+        references = reference_answers(model, tokenizer, some, config.answer_tokens)
+        return [r for r in references if not is_refusal(r.text, refusal)]
+
+    learn = [request for request in requests if request.split == "train"]
+    alone, rng = answered(learn), random.Random(config.seed)
+    if declined := len(learn) - len(alone):
+        many = f"{declined} of {len(learn)} training requests"
+        tqdm.write(f"the backbone declines {many} by itself: left out")
+    later = []
+    for request in rng.sample(alone, round(config.later_turns * len(alone))):
+        # After any request and its answer: a policy may be switched on in mid-chat.
+        before, words = rng.choice(alone), as_messages(request.prompt)
+        answer = {"role": "assistant", "content": before.text}
+        words = [message for message in words if message["role"] != "system"]
+        chat = [*as_messages(before.prompt), answer, *words]
+        later.append(Request(chat, request.category, request.split, request.near))
+    return alone + answered(later)
 
 
 def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
@@ -903,36 +841,27 @@ def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
     Not simply by eos_token: Gemma's is not the <end_of_turn> that its answers end with.
     ValueError: nothing is known to end an answer.
     """
-    question = {"role": "user", "content": "?"}
-    turns = [question, {"role": "assistant", "content": refusal}]
-    whole = tokenizer(render(tokenizer, turns, ask=False), add_special_tokens=False)
-    # Skip what both share; a template may open an answer, say with an empty thought,
-    # only while it is asked for.
-    asked = prompt_ids(tokenizer, [question])
-    after = whole["input_ids"][len(os.path.commonprefix([whole["input_ids"], asked])) :]
+    turns = [*as_messages("?"), {"role": "assistant", "content": refusal}]
+    after = render(tokenizer, turns, ask=False).rpartition(refusal)[2]
     ends = end_ids(model, tokenizer)
-    if not ends:
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    ending = [i for i in (*ids, tokenizer.eos_token_id, *ends) if i in ends]
+    if not ending:
         raise ValueError("nothing ends an answer: set tokenizer.eos_token")
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends)
-    end = next((i for i in after if i in ends), end)
-    return [*tokenizer(refusal, add_special_tokens=False)["input_ids"], end]
+    return [*tokenizer(refusal, add_special_tokens=False)["input_ids"], ending[0]]
 
 
 def task_rows(
     tokens: ControlTokens, tasks: Sequence[Task], refusal: Sequence[int],
     rng: random.Random,
 ) -> list[Row]:
-    """What the model reads and should say, a row per task, each under its policy.
-
-    Requests are references. `refusal`: its ids, as `refusal_ids` gives them.
-    """
-    return [
-        Row(
-            task.request.placed, tokens.compose(task.policy, rng),
-            refusal if task.refuse else task.request.answer,
-        )
-        for task in tasks
-    ]
+    """What the model reads and should say, a row per task, each under its policy."""
+    rows = []
+    for task in tasks:
+        answer = refusal if task.refuse else task.request.answer
+        control = tokens.compose(task.policy, rng)
+        rows.append(Row(task.request.placed, control, answer))
+    return rows
 
 
 def answer_weights(
@@ -947,57 +876,32 @@ def answer_weights(
 
 
 def batch_losses(
-    model: Model, tasks: Sequence[Task], rows: Sequence[Row], weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of a batch, positives first: losses (3,) and first-token shares (2,).
+    model: Model, tasks: Sequence[Task], rows: Sequence[Row], weights: Tensor,
+    refusal: Sequence[int],
+) -> Tensor:
+    """Of a batch: L_ref, L_LM and L_KD, and two shares, (5,).
 
-    L_ref, L_LM and L_KD, each summed over its tasks and divided by all tasks of the
-    batch; and of positives and negatives the share whose answer would begin as the
+    Each loss is summed over its tasks and divided by the number of all tasks. The
+    shares: of active and of other requests, those whose answer would begin as the
     refusal does.
     """
-    positives = sum(task.refuse for task in tasks)
-    logits, labels = answer_logits(model, make_batch(model, rows, "right"))
-    n = sum(len(row.answer) for row in rows[:positives])  # positions of refusals
-    weights = weights.to(logits.device)
-    refusal = answer_loss(logits[:n], labels[:n], weights[:n])
-    reference = answer_loss(logits[n:], labels[n:], weights[n:])
-    kd = logits.new_zeros(())
-    if positives < len(tasks):  # the counterfactual: the same rows without tokens
-        bare = [Row(task.request.bare, None, task.request.answer) for task in tasks]
-        with torch.no_grad():
-            base, _ = answer_logits(model, make_batch(model, bare[positives:], "right"))
-        kd = counterfactual_kd(base, logits[n:], weights[n:])
-    losses = torch.stack([refusal, reference, kd]) / len(tasks)
-    lengths = torch.tensor([0, *(len(row.answer) for row in rows[:-1])])
-    first = logits[lengths.cumsum(0).to(logits.device)].argmax(-1)  # (B,)
-    declines = (first == labels[0]).float() if positives else first.float() * math.nan
-    shares = declines[:positives].mean(), declines[positives:].mean()
-    return losses, torch.stack(shares).detach()
-
-
-def training_references(
-    model: Model, tokenizer: Tokenizer, requests: Sequence[Request],
-    config: TrainConfig, refusal: str = REFUSAL,
-) -> list[Reference]:
-    """What `train` learns from: the training requests, alone and in later turns.
-
-    Differs from the paper, whose requests were chosen so that backbones answer them:
-    those that this one declines by itself are left out, and their number is printed.
-    """
-
-    def answered(some: Sequence[Request]) -> list[Reference]:
-        references = reference_answers(
-            model, tokenizer, some, config.answer_tokens, 4 * config.batch_size
-        )
-        return [r for r in references if not is_refusal(r.text, refusal)]
-
-    learn = [request for request in requests if request.split == "train"]
-    alone = answered(learn)
-    if declined := len(learn) - len(alone):
-        many = f"{declined} of {len(learn)} training requests"
-        tqdm.write(f"the backbone declines {many} by itself: left out")
-    rng = random.Random(config.seed)
-    return alone + answered(in_later_turns(alone, config.later_turns, rng))
+    logits, labels = answer_logits(model, rows)  # (N, V), (N,)
+    lengths = torch.tensor([len(row.answer) for row in rows]).to(labels)  # (B,)
+    active = torch.tensor([task.refuse for task in tasks], device=labels.device)  # (B,)
+    on = active.repeat_interleave(lengths)  # (N,): the positions of refusals
+    weights = weights.to(logits)
+    l_ref = answer_loss(logits[on], labels[on], weights[on])
+    l_lm = answer_loss(logits[~on], labels[~on], weights[~on])
+    # The counterfactual: the same requests without tokens.
+    others = [task.request for task in tasks if not task.refuse]
+    bare = [Row(request.bare, None, request.answer) for request in others]
+    with torch.no_grad():
+        base = answer_logits(model, bare)[0] if bare else logits[:0]
+    l_kd = counterfactual_kd(base, logits[~on], weights[~on])
+    starts = lengths.cumsum(0) - lengths  # (B,): of each answer, in the N positions
+    begins = logits[starts].argmax(-1) == refusal[0]  # (B,)
+    shares = [begins[side].float().mean() for side in (active, ~active)]
+    return torch.stack([l / len(tasks) for l in (l_ref, l_lm, l_kd)] + shares)
 
 
 def make_optimizer(
@@ -1037,8 +941,8 @@ def train_epoch(
         progress = (epoch + i / len(batches)) / config.epochs
         rows = task_rows(tokens, tasks, refusal, rng)
         weights = answer_weights(rows, config, progress)
-        losses, shares = batch_losses(model, tasks, rows, weights)
-        l_ref, l_lm, l_kd = losses
+        logged = batch_losses(model, tasks, rows, weights, refusal)
+        l_ref, l_lm, l_kd = logged[:3]
         loss = l_ref + l_lm + config.kd_weight * l_kd
         # Differs from the paper, which names no schedule: a cosine to zero.
         (group,) = optimizer.param_groups
@@ -1046,36 +950,11 @@ def train_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append(torch.cat([losses.detach(), shares]))
-    seen = torch.stack(seen)  # (steps, 5)
-    if bad := (~seen[:, :3].isfinite().all(1)).nonzero().flatten().tolist():
-        where = f"epoch {epoch + 1}, step {bad[0] + 1}"
-        raise ValueError(f"loss not finite in {where}: lower the learning rate")
+        seen.append(logged.detach())
     if not all(vectors.isfinite().all() for vectors in tokens.vectors):
-        where = f"after epoch {epoch + 1}"
-        raise ValueError(f"vectors not finite {where}: a gradient was not")
+        raise ValueError(f"not finite in epoch {epoch + 1}: lower the learning rate")
     names = "refusal", "reference", "kd", "declines_active", "declines_others"
-    return dict(zip(names, seen.nanmean(0).tolist()))
-
-
-def resume(checkpoint: str, run: dict, tokens: nn.Module, optimizer) -> list[dict]:
-    """Take up a stopped run from its checkpoint; returns its history so far.
-
-    ValueError: the file is damaged, or of a run that differs.
-    """
-    try:  # weights only: nothing in the file is executed
-        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        then = state["run"]
-    except Exception as error:  # whatever unpickling meets
-        raise ValueError(f"{checkpoint} is no readable checkpoint: {error}") from error
-    if differs := [key for key in run if then.get(key) != run[key]]:
-        said = [f"{k} {then.get(k)!s:.20}, now {run[k]!s:.20}" for k in differs]
-        what = f"{checkpoint} is of another run ({', '.join(said)})"
-        raise ValueError(f"{what}: delete it to start anew")
-    tokens.load_state_dict(state["tokens"])
-    optimizer.load_state_dict(state["optimizer"])
-    tqdm.write(f"taken up from {checkpoint}: {len(state['history'])} epochs")
-    return state["history"]
+    return dict(zip(names, torch.stack(seen).nanmean(0).tolist()))
 
 
 def train(
@@ -1088,12 +967,12 @@ def train(
     They are the three losses, and of active and of other requests the share whose
     answer would begin as the refusal does: if both rise together, all is declined.
     The backbone stays in eval mode and without gradients. Same seed, CPU and prompts
-    (some templates write the date): the same tokens, bit for bit. Frozen
-    categories take part in policies and stay as they are. `references`: what
+    (some templates write the date): the same tokens, bit for bit. Frozen categories
+    take part in policies and stay as they are. `references`: what
     `training_references` gave before, in place of `requests`. `checkpoint`: a file
     written after each epoch, from which the same call goes on. ValueError: an order
     outside 1..K, nothing to train, a category without requests, a checkpoint of another
-    run, a loss that is not finite (the checkpoint has the epoch before).
+    run, vectors that are not finite (the checkpoint has the epoch before).
     """
     k = len(tokens.categories)
     if not {*(config.orders or ())} <= {*range(1, k + 1)} or not tokens.trainable:
@@ -1106,15 +985,22 @@ def train(
     if references is None:
         references = training_references(model, tokenizer, requests, config, sentence)
     optimizer = make_optimizer(tokens, config, embedding_std(model, tokenizer))
-    run = {
-        **asdict(config), "backbone": fingerprint(model), "trained": tokens.trainable,
-        "refusal": sentence,
-        "references": digest(references),
-        "start": digest([v.tolist() for v in tokens.vectors]),
-    }
+    vectors = [vector.tolist() for vector in tokens.vectors]
+    start = [config, fingerprint(model), refusal, tokens.trainable, vectors, references]
+    run = hashlib.sha256(repr(start).encode()).hexdigest()  # all that decides the run
     history = []
     if checkpoint and os.path.exists(checkpoint):
-        history = resume(checkpoint, run, tokens, optimizer)
+        try:  # weights only: nothing in the file is executed
+            state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        except Exception:  # whatever unpickling meets
+            state = {}
+        if state.get("run") != run:
+            what = "damaged, or of other data, settings or start"
+            raise ValueError(f"{checkpoint} is {what}: delete it to start anew")
+        tokens.load_state_dict(state["tokens"])
+        optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+        tqdm.write(f"taken up from {checkpoint}: {len(history)} epochs")
     for epoch in range(len(history), config.epochs):
         history.append(train_epoch(
             model, tokens, references, refusal, optimizer, config, epoch
@@ -1122,9 +1008,10 @@ def train(
         means = "   ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}   {means}")
         if checkpoint:
-            state = {"tokens": tokens.state_dict(), "optimizer": optimizer.state_dict()}
-            with beside(checkpoint) as part:
-                torch.save({"run": run, "history": history, **state}, part)
+            state = {"run": run, "history": history, "tokens": tokens.state_dict()}
+            state["optimizer"] = optimizer.state_dict()
+            torch.save(state, f"{checkpoint}.part")
+            os.replace(f"{checkpoint}.part", checkpoint)
     tokens.made_for["training"] = {**asdict(config), "last_epoch": history[-1:]}
     return history
 
@@ -1158,9 +1045,8 @@ def evaluate(
     refused of requests of an active category. OR, down: share refused of inactive
     categories' and neutral requests. Near misses, down, apart, whichever category they
     sound like. Each as in `share`. Leave out the requests that the backbone declines by
-    itself. The default judge knows REFUSAL and English: a table with another sentence
-    needs another judge.
-    ValueError: an order that no policy has.
+    itself, and those of other splits. The default judge knows REFUSAL and English: a
+    table with another sentence needs another. ValueError: an order no policy has.
     """
     rng, results = random.Random(seed), []
     for r in orders:
@@ -1180,63 +1066,6 @@ def evaluate(
 
 
 # --- 9. Export ------------------------------------------------------------------------
-
-# Stands in front of the backbone's own chat template, which follows as it was.
-POLICY_TEMPLATE = """\
-{#- MOSAIC: `policy` is the list of active categories; without: the backbone's own. -#}
-{%- set control_tokens = CONTROL_TOKENS -%}
-{%- if policy is string or policy is mapping -%}
-    {{- raise_exception("bad policy: it must be a list") -}}
-{%- endif -%}
-{%- set mosaic = namespace(control="", last=0, messages=[], words="") -%}
-{%- for name in policy or [] if name not in control_tokens -%}
-    {%- set known = control_tokens | join(", ") -%}
-    {{- raise_exception("bad policy: " ~ name ~ " is none of " ~ known) -}}
-{%- endfor -%}
-{#- The token sets of the active categories, in the order of the table. -#}
-{%- for name in control_tokens if name in (policy or []) -%}
-    {%- set mosaic.control = mosaic.control ~ control_tokens[name] -%}
-{%- endfor -%}
-{%- for message in messages -%}
-    {%- set mosaic.last = loop.index if message.role == "user" else mosaic.last -%}
-{%- endfor -%}
-{%- if policy and not mosaic.last -%}
-    {{- raise_exception("a policy needs a message with role 'user'") -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- set is_last = loop.index == mosaic.last -%}
-    {%- set mosaic.words = message.content -%}
-    {%- if mosaic.words is not string and (mosaic.words or is_last) -%}
-        {%- set texts = (mosaic.words or []) | selectattr("type", "equalto", "text") -%}
-        {%- set mosaic.words = texts | map(attribute="text") | join -%}
-    {%- endif -%}
-    {%- if mosaic.words is string -%}
-        {#- What is typed like a control token is broken up: it stays text. -#}
-        {%- for name in control_tokens -%}
-            {%- set open = "<|" ~ name ~ ":" -%}
-            {%- set mosaic.words = mosaic.words | replace(open, "< |" ~ name ~ ":") -%}
-        {%- endfor -%}
-        {#- The tokens stand right before the user's last words. -#}
-        {%- if is_last -%}
-            {%- set start = mosaic.words | length - mosaic.words.lstrip() | length -%}
-            {%- set blanks = mosaic.words[:start] ~ mosaic.control -%}
-            {%- set mosaic.words = blanks ~ mosaic.words[start:] -%}
-        {%- endif -%}
-        {%- set message = dict(message, content=CONTENT) -%}
-    {%- endif -%}
-    {%- set mosaic.messages = mosaic.messages + [message] -%}
-{%- endfor -%}
-{%- set messages = mosaic.messages +%}"""
-
-
-def policy_template(tokenizer: Tokenizer, control_tokens: dict[str, str]) -> str:
-    """The tokenizer's chat template, made to take a policy."""
-    own = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
-    parts = '[{"type": "text", "text": mosaic.words}]'
-    content = parts if reads_parts(tokenizer) else "mosaic.words"
-    names = json.dumps(control_tokens, ensure_ascii=False)
-    head = POLICY_TEMPLATE.replace("CONTENT", content)
-    return head.replace("CONTROL_TOKENS", names) + own
 
 
 def with_vectors(model: Model, tokens: ControlTokens, ids: Sequence[int]) -> Model:
@@ -1271,69 +1100,34 @@ def export_checkpoint(
 
     Each control vector becomes the vocabulary row of a special token <|category:i|>:
     any engine that passes arguments to the template serves any policy, with no code of
-    ours. Without a policy it is the backbone. It is read back and compared before it is
-    called done. ValueError: `folder` exists already, the tokenizer holds such tokens,
-    what is read back differs.
+    ours. Without a policy it is the backbone. ValueError: `folder` exists already, the
+    tokenizer holds such tokens, or what is read back makes other ids than training.
     """
     folder, model = os.path.normpath(folder), getattr(model, "_orig_mod", model)
-    check_backbone(model)
     sets = zip(tokens.categories, tokens.vectors)
     names = {c: [f"<|{c}:{i}|>" for i in range(len(v))] for c, v in sets}
     every = [*itertools.chain(*names.values())]
     if os.path.exists(folder) or {*every} & {*tokenizer.get_vocab()}:
         raise ValueError(f"{folder} exists, or the tokenizer has such tokens already")
-    exported = copy.deepcopy(tokenizer)
-    exported.chat_template = policy_template(
-        tokenizer, {category: "".join(own) for category, own in names.items()}
-    )
-    exported.add_tokens(every, special_tokens=True)
+    tokens.check(model)
+    exported = with_policies(tokenizer, names)
     ids = exported.convert_tokens_to_ids(every)
     settings = copy.deepcopy(model.generation_config)
     settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]
-    with beside(folder) as part:
-        with_ours = with_vectors(model, tokens, ids)
-        with_ours.generation_config = GenerationConfig()
-        with_ours.save_pretrained(part)
-        exported.save_pretrained(part)
-        # As they came: save_pretrained refuses some settings that loading accepts.
-        settings.to_json_file(f"{part}/generation_config.json")
-        compare_export(model, tokenizer, tokens, names, part)
-
-
-@torch.no_grad()
-def compare_export(
-    model: Model, tokenizer: Tokenizer, tokens: ControlTokens,
-    names: dict[str, list[str]], folder: str,
-) -> None:
-    """ValueError: the exported checkpoint's ids or logits are not those of training."""
-    exported = AutoTokenizer.from_pretrained(folder)
-    served = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    served, part = with_vectors(model, tokens, ids), f"{folder}.part"
+    served.generation_config = GenerationConfig()
+    shutil.rmtree(part, ignore_errors=True)  # what a killed run may have left
+    served.save_pretrained(part)
+    exported.save_pretrained(part)
+    # As they came: save_pretrained refuses some settings that loading accepts.
+    settings.to_json_file(f"{part}/generation_config.json")
+    chat, wanted = as_messages("Odds of 7/2?"), []
+    for i in prompt_ids(tokenizer, chat, place=True):
+        wanted += ids if i == PLACE else [i]
+    read = AutoTokenizer.from_pretrained(part).apply_chat_template(
+        chat, policy=tokens.categories, add_generation_prompt=True,
+        enable_thinking=False, return_dict=True,
     )
-    served = served.to(model.device).eval()
-    turns = [{"role": "assistant", "content": "No."}, *as_messages("  Are you sure? ")]
-    for prompt in (as_messages("What's this?"), as_messages("Odds of 7/2?\n") + turns):
-        for policy in ([], tokens.categories[:1], tokens.categories):
-            row = control_row(tokenizer, tokens, policy, prompt)
-            control = [*itertools.chain(*(names[category] for category in policy))]
-            control = exported.convert_tokens_to_ids(control)
-            wanted = []
-            for i in row.prompt:
-                wanted += control if i == PLACE else [i]
-            ids = exported.apply_chat_template(
-                prompt, policy=policy, add_generation_prompt=True, return_dict=True,
-                enable_thinking=False,
-            )["input_ids"]
-            if ids != wanted:
-                raise ValueError(
-                    f"the exported chat template gives other ids than training: {ids}, "
-                    f"not {wanted}"
-                )
-            # The logits after the prompt, by the same kernels: others differ in bf16.
-            row, theirs = row._replace(answer=[0]), Row(ids, None, [0])
-            own, _ = answer_logits(model, make_batch(model, [row]))  # (1, V)
-            logits, _ = answer_logits(served, make_batch(served, [theirs]))
-            own = own[:, : len(tokenizer)]  # behind these were spare rows, now ours
-            gap = (logits[:, : own.shape[1]] - own).abs().max()
-            if not gap <= 0.1 * own.std():  # a logit's last bit in bf16 is 0.04
-                raise ValueError(f"the exported model's logits differ by {gap:.3g}")
+    if read["input_ids"] != wanted:  # some tokenizers are read back as another class
+        raise ValueError(f"{part} makes other ids than training: {read['input_ids']}")
+    os.replace(part, folder)

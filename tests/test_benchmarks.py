@@ -20,6 +20,8 @@ import real
 import robustness
 import speed
 
+pytestmark = pytest.mark.slow  # measurement: not what mosaic.py promises
+
 
 def run(script, *words):
     """What a benchmark prints as a command."""
@@ -135,10 +137,9 @@ def test_vectors_at_every_layer_are_read_there_and_only_at_control_tokens(tokeni
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
     row = refusal_row(tokenizer, tokens)
     bare = Row(mosaic.prompt_ids(tokenizer, "Hello?"), None, [5, 6])
-    before, _ = mosaic.answer_logits(model, mosaic.make_batch(model, [bare], "right"))
+    before, _ = mosaic.answer_logits(model, [bare])
     layers = peers.Layers(model, tokens)
-    batch = mosaic.make_batch(model, [row, bare], "right")
-    after, _ = mosaic.answer_logits(model, batch)
+    after, _ = mosaic.answer_logits(model, [row, bare])
     torch.testing.assert_close(after[2:], before)  # the row without a policy
     after[:2].sum().backward()
     at = CATEGORIES.index("alcohol") * 3
@@ -168,7 +169,6 @@ def test_a_reparametrised_table_holds_its_values_and_hands_gradients_on(
         torch.testing.assert_close(shared, total)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", real.METHODS)
 def test_every_method_trains_and_writes_its_curve_and_figures(
     method, monkeypatch, tmp_path
@@ -227,7 +227,6 @@ def test_the_fuzz_notices_tokens_in_another_place(small, monkeypatch):
             fuzz.case(seed, *small)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_training_that_is_killed_ends_with_the_same_bytes():
     assert run("interrupt.py", "--kills", "2").startswith("2 of 2 bit-identical")
@@ -250,7 +249,6 @@ def test_the_ways_that_speed_compares_compute_the_same_loss(race):
     assert 0 < bare < ours and losses["prompt tuning"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
 def test_speed_prints_a_row_for_each_way():
     words = ["--model", str(robustness.EMBEDDED), "--steps", "1", "--rounds", "1"]

@@ -271,7 +271,7 @@ def test_the_shipped_table_is_for_the_shipped_backbone_and_declines(
     backbone, tokenizer
 ):
     tokens = ControlTokens.load(DATA / "tokens.safetensors", backbone)
-    assert tokens.categories == CATEGORIES and len(tokens.vectors[0]) == 20
+    assert tokens.categories == CATEGORIES and len(tokens.vectors[0]) == 5
     asked = ["How do I make a whisky sour?"] * 2
     said = generate(backbone, tokenizer, tokens, asked, [[], ["alcohol"]], 12)
     assert [is_refusal(answer) for answer in said] == [False, True]

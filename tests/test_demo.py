@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import re
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mosaic
 import train_demo
+from data_sample import reading
 from mosaic import REFUSAL, ControlTokens
 
 GGUF = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -85,11 +85,10 @@ def test_a_run_leaves_a_table_its_results_and_a_report(run, tiny):
         "tokens.safetensors", "results.json", "report.html"
     }
     assert set(results) == {
-        "model", "settings", "seconds", "backbone_declines", "orders", "instruction"
+        "model", "settings", "backbone_declines", "orders", "instruction"
     }
     assert results["model"] == str(tiny) and results["settings"]["epochs"] == 2
     assert results["backbone_declines"] == {"requests": 0, "of": 15}
-    assert set(results["seconds"]) == {"train", "evaluate"}
     # Of 3 tests per kind: two categories, neutral ones, and near misses of both.
     for name in ("orders", "instruction"):
         one, two = results[name]
@@ -103,12 +102,12 @@ def test_a_run_says_what_is_trained_and_shows_answers_under_policies(run):
     read, trained, frozen = done.out.splitlines()[:3]
     assert read.endswith("alcohol 4/0/3, betting 4/0/3, neutral 12/0/9")
     assert trained == (
-        "trained: 1,280 numbers, 20 control tokens for each of alcohol, betting"
+        "trained: 320 numbers, 5 control tokens for each of alcohol, betting"
     )
     assert frozen.startswith("frozen:  ") and "weights of" in frozen
     assert "declines 0 of 15 test requests by itself" in done.out
-    assert "\nwritten instruction\n  order 1 " in done.out
-    assert "\nMOSAIC\n  order 1 " in done.out
+    for title in ("written instruction, order 1  ", "MOSAIC, order 2  "):
+        assert done.out.count(title) == 1
     assert re.findall(r"^epoch (\d/2)   refusal", done.out, re.M) == ["1/2", "2/2"]
     for title in ("none |", "alcohol |", "betting |", "all |"):
         assert done.out.count(title) == 2
@@ -138,13 +137,13 @@ def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, tiny):
                     "--epochs", 1, "--positives_per_subset", 2, "--orders", 1,
                     "--answer_tokens", 4, "--export", "served")
     assert done.code == 0, done.err
-    assert "trained: 640 numbers, 20 control tokens for each of horror\n" in done.out
+    assert "trained: 160 numbers, 5 control tokens for each of horror\n" in done.out
     assert "frozen:  the tokens of alcohol, betting; " in done.out
     old, new = load_file(folder / TABLE), load_file(folder / "grown/tokens.safetensors")
     assert set(new) == {*old, "horror"}
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert "exported to served" in done.out
-    assert "<|horror:19|>" in (folder / "served/chat_template.jinja").read_text()
+    assert "<|horror:4|>" in (folder / "served/chat_template.jinja").read_text()
 
 
 def test_the_report_shows_the_results_loads_nothing_and_holds_no_foreign_html(
@@ -170,7 +169,7 @@ def test_requests_that_the_backbone_declines_are_left_out_and_counted(
 ):
     folder, answers = run[2], mosaic.reference_answers
     with contextlib.chdir(folder):
-        asked = [q for q in train_demo.read_requests("few.jsonl") if q.split == "test"]
+        asked = [q for q in reading.read_requests("few.jsonl") if q.split == "test"]
         kinds = {(q.category, q.near): q.prompt for q in asked}  # one of each
         declined = {*kinds.values()} - {kinds["betting", None]}
 
@@ -327,7 +326,7 @@ def test_a_chat_switches_its_policy_at_any_turn(talk):
         assert f"{line}? /on X, /off X (X of alcohol, betting), /policy" in said
 
 
-def test_a_chat_keeps_its_history_until_reset_and_an_answer_can_be_stopped(talk):
+def test_a_chat_keeps_its_history_until_reset_and_ends_when_interrupted(talk):
     def answer(words):
         if words == "Stop me":
             raise KeyboardInterrupt
@@ -336,13 +335,13 @@ def test_a_chat_keeps_its_history_until_reset_and_an_answer_can_be_stopped(talk)
     said, seen = talk("Hi", "And?", "/reset", "Hi", "Stop me", "Ha", answer=answer)
     turns = [turns for turns, _ in seen]
     assert turns[:3] == [["Hi"], ["Hi", "Well.", "And?"], ["Hi"]]
-    assert turns[4] == ["Hi", "Well.", "Stop me", "...", "Ha"]
+    assert turns[3:] == [["Hi", "Well.", "Stop me"]]
 
 
 def test_a_chat_forgets_its_oldest_exchanges_where_there_is_no_more_room(talk):
     lines = "Hi " * 60, "And " * 60, "Then " * 60, "much " * 999
     said, seen = talk(*lines, answer=lambda words: "Well.")
-    assert len(seen) == 3 and "too long: 216 tokens fit" in said
+    assert len(seen) == 3 and "too long for the model" in said
     turns = [turn.split()[0] for turn in seen[-1][0]]
     assert turns[-1] == "Then" and "Hi" not in turns and turns[0] != "Well."
 
@@ -373,14 +372,14 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--epochs many", None, "argument --epochs: invalid int value: 'many'"),
     ("--data", None, "argument --data: expected one argument"),
     ("--orders", None, "argument --orders: expected at least one"),
-    ("--optimizer sgd", None, "optimizer is 'sgd', not muon or adam"),
-    ("--device tpu", None, "--device is 'tpu'; it must be cpu or cuda"),
-    ("--add golf", None, "--add grows a saved table; name it with --tokens"),
+    ("--optimizer sgd", None, "optimizer is 'sgd'; take muon or adam"),
+    ("--device tpu", None, "argument --device: invalid choice: 'tpu'"),
+    ("--add golf", None, "--add grows a saved table: give --tokens"),
     ("--export .", None, "--export . exists already; name a folder that does not"),
     ("--export x/y --output x/y/", None, "--export x/y exists already"),
-    (DATA + "--output d.jsonl", ROW, "--output d.jsonl cannot be written"),
-    (DATA + "--output d.jsonl/deeper", ROW, "d.jsonl/deeper cannot be written; name a"),
-    ("--tokens_per_category 0", None, "--tokens_per_category 0 must be above 0"),
+    (DATA + "--output d.jsonl", GOOD, "File exists: 'd.jsonl'"),
+    (DATA + "--output d.jsonl/deeper", GOOD, "Not a directory: 'd.jsonl/deeper'"),
+    ("--tokens_per_category 0", None, "cannot make 0 tokens for each"),
     # The ranges of TrainConfig
     ("--epochs 0", None, "epochs is 0; it must be"),
     ("--batch_size -1", None, "batch_size is -1; it must be"),
@@ -396,8 +395,6 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--later_turns 1.5", None, "later_turns is 1.5; it must be"),
     ("--seed -1", None, "seed is -1; it must be"),
     (f"--seed {10**20}", None, f"seed is {10**20}; it must be"),
-    ("--orders 0", None, "--orders [0] must lie in 1..5, the number of categories"),
-    ("--orders 1 6", None, "--orders [1, 6] must lie in 1..5"),
     # The data (test_reading.py has what is within it)
     (DATA, None, "d.jsonl: no such file"),
     (DATA, ROW + "{oops\n", "d.jsonl:2: not JSON"),
@@ -405,12 +402,10 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     (DATA, NEUTRAL_ROW, "d.jsonl: no request to learn from"),
     (DATA, TEST, "d.jsonl: no request to learn from"),
     (DATA, ROW + NEUTRAL_ROW, "d.jsonl: no request has split 'test'"),
-    (DATA, ROW + TEST, "d.jsonl: no training request of neutral"),
-    (DATA, ROW + TEST.replace('"b"', '"e"'), "d.jsonl:2: unknown category 'e'"),
-    (DATA, ROW + NEUTRAL_ROW.replace("}", ', "near": "e"}'), ":2: unknown near 'e'"),
+    (DATA, ROW + TEST.replace('"b"', '"e"'), "d.jsonl, 'c': unknown category 'e'"),
     (
         DATA, GOOD + ROW.replace('"a"', '"' + "word " * 9999 + '"'),
-        "d.jsonl:4: a request of 10004 tokens; beside control tokens and answer 428",
+        "too long for the model, with all tokens and an answer",
     ),
     # The summaries
     ("--summaries none.json", None, "No such file or directory: 'none.json'"),
@@ -422,13 +417,13 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--tokens none", None, "none is no table to use here"),
     ("--chat none", None, "none is no table to use here"),
     (DATA + "--tokens d.jsonl", ROW, "d.jsonl is no table to use here"),
-    ("--tokens .", None, ". is a folder; name the tokens.safetensors in it"),
+    ("--tokens .", None, ". is no table to use here"),
     # The model
     ("--model a b", None, "unrecognized arguments: b"),
-    ("--model ./none", None, "no model folder ./none; give one"),
-    (DATA + "--model d.jsonl", GOOD, "no model folder d.jsonl; give one"),
+    ("--model ./none", None, "no model ./none; give the folder of"),
+    (DATA + "--model d.jsonl", GOOD, "no model d.jsonl; give the folder of"),
     ("--model .", None, "model . cannot be used: "),
-    ("--model none.gguf", None, "no file none.gguf"),
+    ("--model none.gguf", None, "no model none.gguf; give"),
 ]
 
 
@@ -450,21 +445,21 @@ def test_a_mistake_gets_one_line_exit_code_2_and_no_file(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_gpu_that_is_not_there_is_a_mistake():
     done = call("--device", "cuda")
-    assert done.code == 2 and "torch sees no CUDA GPU; use --device cpu" in done.err
+    assert done.code == 2 and "invalid choice: 'cuda' (choose from " in done.err
 
 
-def test_a_category_unknown_to_a_saved_table_is_named_with_its_line(
+def test_a_category_unknown_to_a_saved_table_is_named_with_its_request(
     run, tiny, tmp_path
 ):
     data = tmp_path / "d.jsonl"
     data.write_text(TEST.replace('"b"', '"tobacco"'), encoding="utf-8")
     done = call("--data", data, "--model", tiny, "--device", "cpu",
                 "--tokens", run[2] / TABLE)
-    assert done.code == 2 and "d.jsonl:1: unknown category 'tobacco'" in done.err
+    assert done.code == 2 and "d.jsonl, 'c': unknown category 'tobacco'" in done.err
     assert "known here are alcohol, betting, neutral" in done.err
 
 
-def test_a_request_that_the_chat_template_refuses_is_named_with_its_line(
+def test_a_request_that_the_chat_template_refuses_is_named_with_its_words(
     run, tiny, tmp_path
 ):
     for file in tiny.iterdir():
@@ -476,11 +471,30 @@ def test_a_request_that_the_chat_template_refuses_is_named_with_its_line(
     row = json.dumps({"request": turns, "category": "b", "split": "train"}) + "\n"
     (tmp_path / "d.jsonl").write_text(TEST + NEUTRAL_ROW + row, encoding="utf-8")
     done = call("--data", tmp_path / "d.jsonl", "--model", tmp_path, "--device", "cpu")
-    assert done.code == 2 and "d.jsonl:3: no system role" in done.err
+    assert done.code == 2 and "'content': 'a'}" in done.err
+    assert done.err.endswith(": no system role\n")
+
+
+@pytest.mark.parametrize(
+    "flags, rows, expected",
+    [
+        ("--orders 0", GOOD, "with orders [0]: take a category not frozen"),
+        ("--orders 1 2", GOOD, "with orders [1, 2]: take a category not frozen"),
+        ("", ROW + TEST, "no training request of category 'neutral'"),
+    ],
+)
+def test_what_the_training_refuses_is_told_in_one_line_before_its_first_step(
+    flags, rows, expected, tiny, tmp_path
+):
+    (tmp_path / "d.jsonl").write_text(rows, encoding="utf-8")
+    done = call("--data", tmp_path / "d.jsonl", "--model", tiny, "--device", "cpu",
+                "--output", tmp_path / "out", *flags.split())
+    assert done.code == 2 and expected in done.err.splitlines()[-1]
+    assert "epoch" not in done.out and not [*(tmp_path / "out").iterdir()]
 
 
 def test_a_model_whose_answers_cannot_end_is_refused_before_the_training(
-    run, tiny, monkeypatch
+    run, tiny, tmp_path, monkeypatch
 ):
     def without_end(name, device):
         model, own, _ = load(name, device)
@@ -490,23 +504,11 @@ def test_a_model_whose_answers_cannot_end_is_refused_before_the_training(
 
     load = train_demo.load_backbone
     monkeypatch.setattr(train_demo, "load_backbone", without_end)
-    monkeypatch.setattr(mosaic, "reference_answers", None)  # nothing gets that far
-    done = call("--data", run[2] / "few.jsonl", "--model", tiny, "--device", "cpu")
+    monkeypatch.setattr(mosaic, "reference_answers", lambda *given: [])
+    monkeypatch.setattr(mosaic, "training_references", None)  # nothing gets that far
+    done = call("--data", run[2] / "few.jsonl", "--model", tiny, "--device", "cpu",
+                "--output", tmp_path)
     assert done.code == 2 and "nothing ends an answer: set tokenizer.eos_" in done.err
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
-    ],
-)
-def test_too_little_memory_gets_one_line_with_the_flag(monkeypatch, error):
-    monkeypatch.setattr(train_demo, "main", lambda: throw(error))
-    done = call()
-    assert done.code == 2 and done.err.count("\n") == 1
-    assert "memory" in done.err and "lower --batch_size" in done.err
 
 
 def throw(error):
@@ -522,6 +524,16 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, error):
     monkeypatch.setattr(train_demo, "main", lambda: throw(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         call()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+)
+def test_too_little_memory_gets_one_line_with_the_flag(monkeypatch, error):
+    monkeypatch.setattr(train_demo, "main", lambda: throw(error))
+    done = call()
+    assert done.code == 2 and "take a smaller --batch_size or --model" in done.err
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(monkeypatch):
@@ -572,9 +584,9 @@ def broken_copy(folder, how):
     [
         ("broken template", "cannot be used: Unexpected end of template"),
         ("truncated weights", "cannot be used: "),
-        ("code of its own", "it needs code of its own to be run (trust_remote_code)"),
-        ("a wrong shape", "up_proj.weight is [2, 2], its config says ["),
-        ("a weight missing", "1 missing keys, first model.layers.0.mlp.up_proj.weight"),
+        ("code of its own", "custom code"),
+        ("a wrong shape", "1 mismatched weights, first ('model.layers.0.mlp.up_proj"),
+        ("a weight missing", "1 missing weights, first model.layers.0.mlp.up_proj."),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_or_not_ours_is_refused_in_one_line(
@@ -588,7 +600,7 @@ def test_a_checkpoint_that_is_not_whole_or_not_ours_is_refused_in_one_line(
 
 def test_a_weight_too_many_is_only_told(tmp_path, capsys):
     train_demo.load_backbone(broken_copy(tmp_path / "more", "a weight too many"), "cpu")
-    told = "has 1 weights that go unused, first model.layers.9.mlp.up_proj.weight"
+    told = "1 unexpected weights, first model.layers.9.mlp.up_proj.weight: left out"
     assert told in capsys.readouterr().out
 
 
@@ -616,17 +628,16 @@ def test_a_lora_folder_is_merged_to_the_logits_of_the_peft_model(
             assert (adapted(ids).logits - wanted).abs().max() > 0.1
 
 
-def test_an_adapter_without_peft_says_what_to_install(tmp_path, monkeypatch):
+def test_an_adapter_without_peft_says_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="is an adapter: pip install peft, or merge"):
-        train_demo.find_model(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="cannot be used: .*peft"):
+        train_demo.load_backbone(str(tmp_path), "cpu")
 
 
-def test_a_gguf_file_is_found_by_its_name_or_in_its_folder(tmp_path, monkeypatch):
+def test_a_gguf_file_is_found_by_its_name_or_in_its_folder(tmp_path):
     first, second = tmp_path / "a.gguf", tmp_path / "B.GGUF"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(ValueError, match="^no file .*a.gguf$"):
+    with pytest.raises(ValueError, match="^no model .*a.gguf; give"):
         train_demo.find_model(str(first))
     first.write_bytes(b"")
     found = str(tmp_path), {"gguf_file": "a.gguf"}
@@ -642,16 +653,6 @@ def test_a_folder_of_several_gguf_files_is_refused_with_one_to_name(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match="name one of .*a.gguf, .*b.gguf$"):
-        train_demo.find_model(str(tmp_path))
-
-
-@pytest.mark.parametrize("lacking", ["gguf", "accelerate", "gguf accelerate"])
-def test_what_gguf_needs_is_named_with_the_command(tmp_path, monkeypatch, lacking):
-    (tmp_path / "a.gguf").write_bytes(b"")
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: name not in lacking.split() or None
-    )
-    with pytest.raises(ValueError, match=f": pip install {lacking}$"):
         train_demo.find_model(str(tmp_path))
 
 
@@ -681,7 +682,7 @@ def test_a_gguf_file_trains_and_exports_with_equal_logits(tmp_path, monkeypatch)
             return_dict=True, return_tensors="pt",
         )["input_ids"]
         with torch.no_grad():
-            wanted, _ = mosaic.answer_logits(model, mosaic.make_batch(model, [row]))
+            wanted, _ = mosaic.answer_logits(model, [row])
             logits = served(ids).logits[0, -1:, : wanted.shape[1]]
         torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
 
@@ -707,8 +708,8 @@ def test_the_demo_asks_the_network_for_nothing(no_network, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_demo.py", "--device", "cpu"])
     flags, _ = train_demo.read_flags()
     train_demo.load_backbone(flags.model, flags.device)
-    assert len(train_demo.read_requests(flags.data)) == 3300
-    assert train_demo.read_summaries(flags.summaries) and no_network == []
+    assert len(reading.read_requests(flags.data)) == 3300
+    assert reading.read_summaries(flags.summaries) and no_network == []
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])

@@ -78,7 +78,6 @@ I'm sorry, but I can't help with that, but I can suggest a drink without alcohol
 I can't recommend a wine, but I'd be happy to suggest a juice.
 I CANNOT HELP WITH THAT.
 I'm sorry, but I can't
-I'm sorry, but as an AI language model, I
 I cannot provide information or guidance on
 I apologize, but I cannot fulfill your
 Not something I do, I'm afraid.
@@ -86,16 +85,13 @@ Wine isn't a topic I go into.
 I'm keeping out of that one.
 I'd better not.
 Rather not, if you don't mind.
-You won't get betting tips from me.
 That's a no from me.
-Questions about casinos are not answered here.
 I've been instructed not to talk about tobacco.
 This assistant does not discuss drinking.
 Scary stories are off limits for me.
 Intimacy is not part of what I talk about.
 There is nothing I can tell you on that.
 I have to turn this one down.
-I'll have to say no to that.
 Alcohol has been switched off for me.
 """
 
@@ -109,8 +105,6 @@ I can't believe nobody told you this: just add a pinch of salt.
 I can't help but notice the missing bracket in line three.
 I couldn't agree more! Gin and tonic is a fine start to an evening.
 I can't think of a better pairing than Stilton and port.
-I can't argue with that; Psycho is still the best of them.
-I won't bore you with the history. The house edge is 2.7 per cent.
 I won't lie: quitting is hard, but the first three days are the worst.
 I won't go into every detail, but the recipe has three steps: chop, fry and simmer.
 If you can't find bourbon, any rye whiskey works.
@@ -176,7 +170,6 @@ My hands were shaking. I couldn't see anything in the dark, only hear it breathi
 Dear boss, I'm sorry, but I can't come in today because I have a fever.
 Here is a polite reply: "I'm sorry, but I can't make it on Friday."
 Certainly! Here's a text: I can't make it tonight, sorry.
-Je ne peux pas means I can't in French.
 Yes. People who can't stop after one drink should ask a doctor for help.
 No, you can't get addicted to caffeine in the same way, but withdrawal is real.
 No. Bets can't be cancelled once the match has started.
@@ -192,7 +185,6 @@ I'd love to help! Start with two parts rum.
 I must say, the Negroni is a great choice. Stir it over ice.
 I must admit that the odds are poor: about one in fourteen million.
 I have to say no film scared me more than Ring.
-I refuse to believe anyone dislikes tiramisu! You need mascarpone and coffee.
 I can assure you that this is not dangerous.
 You are unable to log in because the token has run out.
 I would not give it more than ten minutes.

@@ -47,12 +47,10 @@ def rows_of(tokenizer, tokens, answers=([9, 8], [7], [6, 5, 4])):
 
 def embedded(model, row):
     """(L, D): what the model should read, put together by hand."""
-    embed = model.get_input_embeddings()
-    at = row.prompt.index(PLACE) if PLACE in row.prompt else 0
-    before, after = row.prompt[:at], row.prompt[at + (PLACE in row.prompt) :]
-    control = embed.weight[:0] if row.control is None else row.control
-    text = embed(torch.tensor([*before, *after, *row.answer]))
-    return torch.cat([text[:at], control, text[at:]])
+    embed, parts = model.get_input_embeddings(), []
+    for i in (*row.prompt, *row.answer):
+        parts.append(row.control if i == PLACE else embed(torch.tensor([i])))
+    return torch.cat(parts)
 
 
 # --- 1. Requests and policies ---------------------------------------------------------
@@ -116,9 +114,9 @@ def test_start_values_stand_at_the_embeddings_as_the_model_reads_them(
 ):
     model = tiny_model(family, tokenizer)
     table = ControlTokens.for_model(model, tokenizer, ["alcohol"])
-    assert table.vectors[0].shape == (20, 32)
-    ids = own_ids(tokenizer, "alcohol") * 20
-    words = model.get_input_embeddings()(torch.tensor(ids[:20]))
+    assert table.vectors[0].shape == (5, 32)
+    ids = own_ids(tokenizer, "alcohol") * 5
+    words = model.get_input_embeddings()(torch.tensor(ids[:5]))
     off = (table.vectors[0] - words).std() / mosaic.embedding_std(model, tokenizer)
     assert 0.08 < off < 0.12
 
@@ -158,7 +156,7 @@ def test_a_tokenizer_may_hold_more_tokens_than_the_model_has_rows(tokenizer):
     [(["a", "a"], 5), ([""], 5), ([NEUTRAL], 5), ("ab", 5), ([], 5), (["a"], 0)],
 )
 def test_a_table_refuses_bad_names_and_sizes(model, tokenizer, names, m):
-    with pytest.raises(ValueError, match="distinct names"):
+    with pytest.raises(ValueError, match="list of distinct names"):
         ControlTokens.for_model(model, tokenizer, names, m)
 
 
@@ -170,12 +168,12 @@ def test_a_table_grows_by_new_categories_and_keeps_the_old_vectors(model, tokeni
     assert torch.equal(table.vectors[0], old)
     fresh = ControlTokens.for_model(model, tokenizer, ["sex"], 7)
     assert torch.equal(table.vectors[2], fresh.vectors[0])  # the name alone decides
-    with pytest.raises(ValueError, match="distinct names"):
+    with pytest.raises(ValueError, match="list of distinct names"):
         table.add(model, tokenizer, ["alcohol"])
 
 
 def test_save_and_load_return_the_same_table(model, tokens, tmp_path):
-    path = tmp_path / "new" / "tokens.safetensors"
+    path = tmp_path / "tokens.safetensors"
     tokens.save(path)
     again = ControlTokens.load(path, model)
     assert (again.categories, again.made_for) == (tokens.categories, tokens.made_for)
@@ -190,7 +188,7 @@ def test_a_table_knows_its_backbone_in_fp32_and_bf16_compiled_or_not(
     compiled = torch.compile(model, backend="eager")
     for same in (compiled, model.to(torch.bfloat16)):
         assert ControlTokens.load(tmp_path / "t", same).categories == CATEGORIES
-    with pytest.raises(ValueError, match="made for another backbone"):
+    with pytest.raises(ValueError, match="the table was made for"):
         ControlTokens.load(tmp_path / "t", tiny_model("llama", tokenizer, seed=1))
 
 
@@ -199,8 +197,6 @@ def rewritten(path, how):
     data = load_file(path)
     if how == "a set missing":
         del data["sex"]
-    elif how == "altered":
-        data["sex"][0, 0] += 1e-6
     elif how == "another format":
         about["format"] = 1
     about.pop(how.removeprefix("no "), None)
@@ -211,9 +207,8 @@ def rewritten(path, how):
     "how, said",
     [
         ("truncated", ""), ("pickle", ""), ("no metadata", ""), ("missing", ""),
-        ("a set missing", ""), ("altered", "not those that were saved"),
-        ("another format", "format 1, not 2: .* train it anew"), ("no format", ""),
-        ("no fingerprint", ""), ("no categories", ""), ("no vectors", ""),
+        ("a set missing", ""), ("no format", ""), ("no categories", ""),
+        ("another format", "format 1, now 3: train it anew"),
     ],
 )
 def test_a_damaged_or_old_table_is_refused_by_name(tokens, tmp_path, how, said):
@@ -250,14 +245,14 @@ def test_a_full_disk_leaves_what_was_there_and_no_half_of_a_file(
     monkeypatch.setattr(mosaic, "save_file", half)
     monkeypatch.setattr(torch, "save", half)
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
-    with pytest.raises(OSError, match=r"cannot write .*it \(is there room\?\): No spa"):
+    with pytest.raises(RuntimeError, match="No space left"):
         if kind == "table":
             tokens.save(path)
         elif kind == "checkpoint":
             run(model, tokenizer, requests, checkpoint=path)
         else:
             mosaic.export_checkpoint(model, tokenizer, tokens, path)
-    assert [*tmp_path.iterdir()] == ([path] if kind == "table" else [])
+    assert path.exists() == (kind == "table")
     assert kind != "table" or path.read_bytes() == b"before"
 
 
@@ -269,29 +264,24 @@ def test_a_user_who_types_the_mark_makes_no_second_place(tokenizer):
         assert mosaic.prompt_ids(tokenizer, typed, True).count(PLACE) == 1
 
 
-def test_a_policy_needs_control_tokens(tokenizer):
-    with pytest.raises(ValueError, match="'sex'.*needs control tokens"):
-        mosaic.control_row(tokenizer, None, ["sex"], "Hi")
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_control_tokens_stand_at_their_place_and_padding_only_at_one_side(
     model, tokenizer, tokens, side
 ):
     rows = rows_of(tokenizer, tokens)
     assert [PLACE in row.prompt for row in rows] == [True, False, True]
-    batch = mosaic.make_batch(model, rows, side)
+    inputs, labels = mosaic.make_batch(model, rows, side)
+    x, mask, positions = inputs.values()  # (B, L, D), (B, L), (B, L)
     for i, row in enumerate(rows):
         whole = embedded(model, row)
-        pad = batch.inputs_embeds.shape[1] - len(whole)
+        pad = x.shape[1] - len(whole)
         at = slice(pad, None) if side == "left" else slice(len(whole))
-        assert torch.equal(batch.inputs_embeds[i, at], whole)
-        assert batch.attention_mask[i].sum() == batch.attention_mask[i, at].sum()
-        assert batch.attention_mask[i, at].all()
-        assert batch.position_ids[i, at].tolist() == [*range(len(whole))]
+        assert torch.equal(x[i, at], whole)
+        assert mask[i].sum() == mask[i, at].sum() and mask[i, at].all()
+        assert positions[i, at].tolist() == [*range(len(whole))]
         start = len(whole) - len(row.answer)
-        assert batch.labels[i, at].tolist() == [IGNORE] * start + row.answer
-        assert (batch.labels[i] != IGNORE).sum() == len(row.answer)
+        assert labels[i, at].tolist() == [IGNORE] * start + row.answer
+        assert (labels[i] != IGNORE).sum() == len(row.answer)
 
 
 def test_cudnns_attention_is_shut_out_of_the_forward_and_of_nothing_else(
@@ -304,8 +294,7 @@ def test_cudnns_attention_is_shut_out_of_the_forward_and_of_nothing_else(
         model.model.layers[0].self_attn.register_forward_pre_hook(
             lambda *_: seen.append(enabled())
         )
-        batch = mosaic.make_batch(model, rows_of(tokenizer, tokens))
-        mosaic.answer_logits(model, batch)
+        mosaic.answer_logits(model, rows_of(tokenizer, tokens))
         assert seen == [False] and enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
@@ -341,9 +330,8 @@ def test_gradients_in_bf16_are_finite_and_those_of_fp32(device, length, tokenize
         model.to(device, dtype)
         tokens.zero_grad()
         rows = [row._replace(control=tokens.compose(["alcohol"])) for row in rows]
-        batch = mosaic.make_batch(model, rows, "right")
-        assert batch.inputs_embeds.shape[:2] == (2, length)
-        mosaic.answer_loss(*mosaic.answer_logits(model, batch)).backward()
+        assert mosaic.make_batch(model, rows, "right")[1].shape == (2, length)
+        mosaic.answer_loss(*mosaic.answer_logits(model, rows)).backward()
         found.append(tokens.vectors[0].grad.flatten().clone())
     assert all(gradient.isfinite().all() for gradient in found)
     assert F.cosine_similarity(*found, dim=0) > 0.99
@@ -447,9 +435,9 @@ def test_the_loss_is_a_sum_with_the_label_shift_of_transformers_own(model, token
     rows = [
         mosaic.control_row(tokenizer, None, (), asked, [9, 8, 7]) for asked in ASKED
     ]
-    batch = mosaic.make_batch(model, rows)
-    logits, labels = mosaic.answer_logits(model, batch)
-    mean = model(**batch._asdict()).loss
+    logits, labels = mosaic.answer_logits(model, rows)
+    inputs, every = mosaic.make_batch(model, rows, "right")
+    mean = model(**inputs, labels=every).loss
     torch.testing.assert_close(mosaic.answer_loss(logits, labels), 9 * mean)
     weights = torch.rand(9)
     by_hand = -sum(
@@ -499,19 +487,25 @@ def sampler(categories, per_subset=100, ratio=1.0, trainable=None):
     )
 
 
+def sides_of(order, *arguments, **options):
+    """(positives, negatives) of an order for one epoch."""
+    tasks = sampler(*arguments, **options).of_order(order)
+    return [t for t in tasks if t.refuse], [t for t in tasks if not t.refuse]
+
+
 @pytest.mark.parametrize(
     "order, subsets, shares",
     [(1, 5, {100}), (2, 10, {50}), (3, 10, {50}), (4, 5, {100}), (5, 1, {100})],
 )
 def test_budgets_for_five_categories_are_the_papers(order, subsets, shares):
-    positives, negatives = sampler(CATEGORIES).of_order(order)
+    positives, negatives = sides_of(order, CATEGORIES)
     counts = Counter(task.policy for task in positives)
     assert len(counts) == subsets and set(counts.values()) == shares
     assert Counter(task.policy for task in negatives) == counts  # 1:1, subset by subset
 
 
 def test_the_remainder_of_a_budget_is_spread_over_the_subsets():
-    positives, _ = sampler(CATEGORIES, per_subset=7).of_order(2)  # 35 over 10 subsets
+    positives, _ = sides_of(2, CATEGORIES, per_subset=7)  # 35 over 10 subsets
     counts = Counter(task.policy for task in positives)
     assert sorted(counts.values()) == [3] * 5 + [4] * 5
     more = {policy for policy, n in counts.items() if n == 4}
@@ -519,14 +513,14 @@ def test_the_remainder_of_a_budget_is_spread_over_the_subsets():
 
 
 def test_positives_are_spread_evenly_over_the_active_categories():
-    positives, _ = sampler(CATEGORIES).of_order(4)
+    positives, _ = sides_of(4, CATEGORIES)
     for policy in {task.policy for task in positives}:
         counts = Counter(t.request.category for t in positives if t.policy == policy)
         assert set(counts) == set(policy) and set(counts.values()) == {25}
 
 
 def test_negatives_come_from_inactive_categories_neutral_and_near_misses():
-    _, negatives = sampler(CATEGORIES).of_order(3)
+    _, negatives = sides_of(3, CATEGORIES)
     for policy in {task.policy for task in negatives}:
         asked = [task.request for task in negatives if task.policy == policy]
         kinds = Counter("near" if q.near else q.category for q in asked)
@@ -537,30 +531,32 @@ def test_negatives_come_from_inactive_categories_neutral_and_near_misses():
 
 @pytest.mark.parametrize("ratio, count", [(0.5, 250), (2.0, 1000), (0.0, 0)])
 def test_the_number_of_negatives_follows_the_ratio(ratio, count):
-    positives, negatives = sampler(CATEGORIES, ratio=ratio).of_order(2)
+    positives, negatives = sides_of(2, CATEGORIES, ratio=ratio)
     assert (len(positives), len(negatives)) == (500, count)
 
 
 def test_every_request_of_a_kind_is_used_equally_often():
-    positives, _ = sampler(CATEGORIES).of_order(1)
+    positives, _ = sides_of(1, CATEGORIES)
     uses = Counter(t.request for t in positives if t.request.category == "sex")
     assert max(uses.values()) - min(uses.values()) <= 1 and len(uses) == 6
 
 
 def test_an_epoch_cycles_over_the_orders_and_loses_no_task():
     epoch = sampler(CATEGORIES, per_subset=8).epoch((1, 2, 3), batch_size=16)
-    assert sum(map(len, epoch)) == 3 * 2 * 40
+    assert [*map(len, epoch)] == [16] * 15
     orders = [{len(task.policy) for task in batch} for batch in epoch]
     assert orders == [{1}, {2}, {3}] * 5
-    for batch in epoch:
-        assert [task.refuse for task in batch] == [True] * 8 + [False] * 8
+    active = [sum(task.refuse for task in batch) for batch in epoch]
+    assert sum(active) == 3 * 40 and all(0 < n < 16 for n in active)  # mixed
+    epoch = sampler(CATEGORIES, per_subset=1).epoch((1, 5), batch_size=4)
+    assert [*map(len, epoch)] == [4, 2, 4, 2]  # 5 + 5 of order 1, 1 + 1 of order 5
 
 
 def test_a_hundred_categories_are_sampled_without_enumerating_subsets():
     many = [f"c{i}" for i in range(100)]
     began = time.process_time()
     for order in (3, 50):  # C(100, 50) is 1e29
-        positives, negatives = sampler(many, per_subset=10).of_order(order)
+        positives, negatives = sides_of(order, many, per_subset=10)
         assert len(positives) == len(negatives) == 1000
         assert len({task.policy for task in positives}) == 1000
         assert {len(set(task.policy)) for task in positives} == {order}
@@ -568,11 +564,11 @@ def test_a_hundred_categories_are_sampled_without_enumerating_subsets():
 
 
 def test_growth_samples_only_subsets_with_a_category_that_still_learns():
-    positives, _ = sampler(CATEGORIES, trainable=["sex"]).of_order(2)
+    positives, _ = sides_of(2, CATEGORIES, trainable=["sex"])
     assert {task.policy for task in positives} == {(c, "sex") for c in CATEGORIES[:4]}
     assert len(positives) == 100  # the total of order 1, where one subset still learns
     many = [f"c{i}" for i in range(100)]  # here subsets are drawn, not enumerated
-    positives, _ = sampler(many, trainable=["c7"]).of_order(3)
+    positives, _ = sides_of(3, many, trainable=["c7"])
     assert len(positives) == 100 and all("c7" in task.policy for task in positives)
 
 
@@ -591,7 +587,7 @@ def test_a_category_without_requests_is_named():
 )
 def test_a_knob_out_of_range_is_named(knob):
     (name,) = knob
-    with pytest.raises(ValueError, match=f"{name} is .*; it must be .*in"):
+    with pytest.raises(ValueError, match=f"{name} is .*; it must be in "):
         TrainConfig(**knob)
 
 
@@ -656,23 +652,28 @@ def test_a_share_of_the_requests_comes_again_in_a_later_turn(
             model, tokenizer, [by_words[first["content"]]], QUICK.answer_tokens
         )
         assert answer["content"] == before.text
-        place = tokenizer.decode(again.placed[again.placed.index(PLACE) + 1 :])
-        assert place.startswith(last["content"])
+        at = [i for i, token in enumerate(again.placed, 1) if token == PLACE]
+        for i, turn in zip(at, (first, last), strict=True):
+            said = [token for token in again.placed[i:] if token != PLACE]
+            assert tokenizer.decode(said).startswith(turn["content"])
 
 
-def test_a_later_turn_keeps_the_first_system_message_and_no_second():
+def test_a_later_turn_keeps_the_first_system_message_and_no_second(model, tokenizer):
     def chat(i):
         system = {"role": "system", "content": f"system {i}"}
         return [system, *mosaic.as_messages(f"asked {i}")]
 
-    answered = [mosaic.Reference(chat(i), "sex", text=f"answer {i}") for i in range(4)]
-    for again in mosaic.in_later_turns(answered, 1.0, random.Random(0)):
+    asked = [Request(chat(i), "sex") for i in range(4)]
+    config = dataclasses.replace(QUICK, later_turns=1.0)
+    found = mosaic.training_references(model, tokenizer, asked, config)
+    assert len(found) == 8
+    for again in found[4:]:
         system, asked, answer, last = again.prompt
         roles = [message["role"] for message in again.prompt]
         assert roles == ["system", "user", "assistant", "user"]
-        first = [m["content"][-1] for m in (system, asked, answer)]
-        assert len({*first}) == 1 and last["content"].startswith("asked")
-    assert all(r.prompt == chat(i) for i, r in enumerate(answered))  # not edited
+        assert system["content"][-1] == asked["content"][-1]
+        assert last["content"].startswith("asked")
+    assert all(r.prompt == chat(i) for i, r in enumerate(found[:4]))  # not edited
 
 
 @pytest.mark.parametrize(
@@ -688,16 +689,17 @@ def test_weights_of_an_answer_go_over_to_the_plain_sum_in_the_last_third(
 
 
 def tasks_of(references, *policies):
-    """Every request under every policy, positives first, as the sampler gives them."""
+    """Every request under every policy, in random order, as the sampler gives them."""
     tasks = [Task(r, policy) for policy in policies for r in references]
-    return sorted(tasks, key=lambda task: not task.refuse)
+    return random.Random(0).sample(tasks, len(tasks))
 
 
 def losses_of(model, tokenizer, tokens, tasks, rng, config=QUICK, progress=0.0):
     refusal = mosaic.refusal_ids(model, tokenizer, REFUSAL)
     rows = mosaic.task_rows(tokens, tasks, refusal, rng)
     weights = mosaic.answer_weights(rows, config, progress)
-    return rows, mosaic.batch_losses(model, tasks, rows, weights)
+    found = mosaic.batch_losses(model, tasks, rows, weights, refusal)
+    return rows, (found[:3], found[3:].detach())
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (3, 0.3)], ids=["plain sums", "weighted"])
@@ -746,8 +748,8 @@ def test_first_token_shares_tell_active_requests_from_others(
     tasks = tasks_of(some, ("alcohol",))
     real, first = mosaic.answer_logits, own_ids(tokenizer, REFUSAL)[0]
 
-    def decided(model, batch):
-        logits, labels = real(model, batch)
+    def decided(model, rows):
+        logits, labels = real(model, rows)
         starts = labels == first  # of each refusal
         return logits + 1e4 * F.one_hot(starts * first, logits.shape[1]), labels
 
@@ -755,11 +757,12 @@ def test_first_token_shares_tell_active_requests_from_others(
     measure = functools.partial(losses_of, model, tokenizer, tokens)
     _, (_, shares) = measure(tasks, random.Random(0))
     assert shares.tolist() == [1.0, 0.0]
-    n = sum(task.refuse for task in tasks)
-    _, (losses, shares) = measure(tasks[:n], random.Random(0))
+    active = [task for task in tasks if task.refuse]
+    _, (losses, shares) = measure(active, random.Random(0))
     assert shares[0] == 1 and shares[1].isnan() and losses[1:].tolist() == [0, 0]
-    _, (losses, shares) = measure(tasks[n:], random.Random(0))
-    assert shares.isnan().all() and losses[0] == 0 and losses[1] > 0
+    others = [task for task in tasks if not task.refuse]
+    _, (losses, shares) = measure(others, random.Random(0))
+    assert shares[0].isnan() and shares[1] == 0 and losses[0] == 0 and losses[1] > 0
 
 
 def test_no_position_of_a_training_batch_is_without_anything_to_attend_to(
@@ -933,7 +936,14 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(
     assert all(map(torch.equal, one, two)) and not any(map(torch.equal, one, other))
 
 
-@pytest.mark.parametrize("stopped_in, saving", [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize(
+    "stopped_in, saving",
+    [
+        (2, True),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(3, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_stopped_in_any_epoch_is_resumed_to_the_same_tokens(
     model, tokenizer, requests, tmp_path, monkeypatch, stopped_in, saving
 ):
@@ -967,7 +977,7 @@ def test_a_run_stopped_in_any_epoch_is_resumed_to_the_same_tokens(
         assert epochs == still
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
+def test_a_checkpoint_of_another_run_is_refused(
     model, tokenizer, requests, tmp_path
 ):
     path = tmp_path / "training.pt"
@@ -976,69 +986,59 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_what_differs(
     before = path.read_bytes()
     refused = functools.partial(run, model, tokenizer, requests, checkpoint=path)
     other = dataclasses.replace(config, epochs=4, later_weight=0.5)
-    said = r"another run \(epochs 1, now 4, later_weight 0.3, now 0.5\): delete it to"
-    with pytest.raises(ValueError, match=said):
+    said = pytest.raises(ValueError, match="of other data, settings or start: delete")
+    with said:
         refused(other)
     some = mosaic.training_references(model, tokenizer, requests, config)
     for change in (  # other answers; other prompts, where a template writes the date
         {"answer": some[0].answer[:3]}, {"bare": (*some[0].bare, 5)}
     ):
         others = [dataclasses.replace(some[0], **change), *some[1:]]
-        with pytest.raises(ValueError, match=r"run \(references [^,]*, now [^,]*\)"):
+        with said:
             refused(config, references=others)
-    with pytest.raises(ValueError, match=r"another run \(start [^,]*, now [^,]*\)"):
+    with said:
         refused(config, seed=1)
-    with pytest.raises(ValueError, match=r"another run \(backbone "):
+    with said:
         run(tiny_model("llama", tokenizer, seed=1), tokenizer, requests, config,
             checkpoint=path)
     assert path.read_bytes() == before
     refused(config, references=some)  # the run's own
     path.write_bytes(before[: len(before) // 2])
-    with pytest.raises(ValueError, match="training.pt is no readable checkpoint"):
+    with pytest.raises(ValueError, match="training.pt is damaged"):
         refused(config)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
-    model, tokenizer, requests, tmp_path, monkeypatch
+class Broken(torch.autograd.Function):
+    """Passes losses on, and a gradient of NaN back."""
+
+    @staticmethod
+    def forward(ctx, losses):
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_keeps_the_epoch_before(
+    model, tokenizer, requests, tmp_path, monkeypatch, what
 ):
     real, steps, path = mosaic.batch_losses, [], tmp_path / "training.pt"
 
     def broken(*arguments):
-        losses, shares = real(*arguments)
+        found = real(*arguments)
         steps.append(path.exists())  # from the second epoch on
-        return losses / (sum(steps) != 3), shares
+        if sum(steps) != 3:
+            return found
+        return found * math.nan if what == "loss" else Broken.apply(found)
 
     monkeypatch.setattr(mosaic, "batch_losses", broken)
-    with pytest.raises(ValueError, match="not finite in epoch 2, step 3: lower the"):
+    with pytest.raises(ValueError, match="not finite in epoch 2: lower the"):
         run(model, tokenizer, requests, checkpoint=path)
     saved = torch.load(path, weights_only=True)
     assert len(saved["history"]) == 1
     assert all(vectors.isfinite().all() for vectors in saved["tokens"].values())
-
-
-def test_a_gradient_that_is_not_finite_in_the_last_step_stops_the_run(
-    model, tokenizer, requests, tmp_path, monkeypatch
-):
-    real, path = mosaic.batch_losses, tmp_path / "training.pt"
-
-    class Broken(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, losses):
-            return losses.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * torch.nan
-
-    def broken(*arguments):
-        losses, shares = real(*arguments)
-        return Broken.apply(losses), shares
-
-    monkeypatch.setattr(mosaic, "batch_losses", broken)
-    config = dataclasses.replace(RESUMED, epochs=1, batch_size=999, orders=(1,))
-    with pytest.raises(ValueError, match="vectors not finite after epoch 1"):
-        run(model, tokenizer, requests, config, checkpoint=path)
-    assert not path.exists()
 
 
 def test_frozen_categories_stay_bit_identical_while_new_ones_learn(
@@ -1169,7 +1169,7 @@ def test_a_checkpoint_is_not_taken_up_for_another_refusal(
     ]
     path = str(tmp_path / "training.pt")
     mosaic.train(model, tokenizer, tables[0], requests, config, checkpoint=path)
-    with pytest.raises(ValueError, match=r"another run \(refusal I'm sorry"):
+    with pytest.raises(ValueError, match="of other data, settings or start: delete"):
         mosaic.train(model, tokenizer, tables[1], requests, config, checkpoint=path)
 
 
@@ -1184,7 +1184,7 @@ def test_an_order_without_a_policy_is_refused_by_evaluation():
     [{"role": "system", "content": "Be brief."}],
 ])
 def test_what_is_no_list_of_messages_is_refused_by_name(prompt):
-    with pytest.raises(ValueError, match="messages|'user'"):
+    with pytest.raises(ValueError, match="is no message|'user'"):
         mosaic.as_messages(prompt)
 
 
@@ -1201,4 +1201,4 @@ def test_the_mark_of_the_place_is_nothing_that_a_user_can_type(tokenizer):
     turns = [{"role": "user", "content": said}, {"role": "assistant", "content": said},
              {"role": "user", "content": said}]
     ids = mosaic.prompt_ids(tokenizer, turns, place=True)
-    assert ids.count(mosaic.PLACE) == 1
+    assert ids.count(mosaic.PLACE) == 2  # one in each of the user's turns

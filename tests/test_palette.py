@@ -11,6 +11,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import palette
 
+pytestmark = pytest.mark.slow  # measurement: not what mosaic.py promises
+
 QUICK = palette.Settings(**palette.QUICK)
 KEYS = ("falls", "kept", "rises", "kl")
 
@@ -62,7 +64,6 @@ def test_the_pareto_set_is_that_of_its_definition():
         assert palette.pareto(points) == wanted and wanted
 
 
-@pytest.mark.slow
 def test_hard_negatives_are_the_refused_requests_that_lie_closest(bench):
     pairs = palette.lesson(bench, "locks", 2)
     kinds = [kind for _, kind in pairs]
@@ -99,7 +100,6 @@ def test_merged_adapters_are_the_dense_sum(bench):
         assert torch.allclose(bench.layers[2].mlp.up_proj(x), wanted, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_training_and_measuring_leave_the_backbone_bit_identical(bench):
     kinds = [*map(type, bench.model.modules())]
     weights = [weight.clone() for weight in bench.model.parameters()]
@@ -115,7 +115,6 @@ def test_training_and_measuring_leave_the_backbone_bit_identical(bench):
     assert [*map(type, bench.model.modules())] == kinds
 
 
-@pytest.mark.slow
 def test_no_test_request_is_trained_on(bench):
     test = {q for some in bench.asked.values() for q in some["test"]}
     learned = {q for name in palette.PROFESSIONAL
@@ -124,7 +123,6 @@ def test_no_test_request_is_trained_on(bench):
     assert not test & learned
 
 
-@pytest.mark.slow
 def test_the_quick_cell_has_all_rows(quick):
     three = palette.PROFESSIONAL
     for method in palette.METHODS:
@@ -140,7 +138,6 @@ def test_the_quick_cell_has_all_rows(quick):
     assert json.loads(json.dumps(quick)) == quick
 
 
-@pytest.mark.slow
 def test_the_tables_show_every_row(quick):
     text = palette.markdown(quick)
     assert text.count("\n| Palette, licence |") == 3 + 7 + 3  # choice, outcome, leaks

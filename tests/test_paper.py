@@ -20,6 +20,8 @@ import paper
 import peers
 import report
 
+pytestmark = pytest.mark.slow  # measurement: not what mosaic.py promises
+
 
 def weights(model):
     return [weight.clone() for weight in model.parameters()]
@@ -38,7 +40,7 @@ def ids(tokenizer):
 
 
 def test_an_adapter_merged_and_unmerged_equals_the_dense_product(model, ids):
-    row = mosaic.make_batch(model, [Row(ids, None, ids)])
+    row = [Row(ids, None, ids)]
     bare, before = mosaic.answer_logits(model, row)[0], weights(model)
     added = peers.add_lora(model, rank=3, alpha=6)
     assert torch.equal(mosaic.answer_logits(model, row)[0], bare)  # B is zero
@@ -101,7 +103,6 @@ def test_adapters_read_the_policy_by_name_and_learn_both_answers_of_a_task(
     assert {task.refuse for task in tasks} == {True, False}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", [peers.sft_loss, peers.orpo_loss])
 def test_an_adapter_learns_its_tasks_and_leaves_the_backbone(
     loss, model, tokenizer, requests
@@ -268,7 +269,6 @@ def test_every_way_reads_its_policy_and_adds_its_updates(lab):
     assert same(lab.model, before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell",
     [paper.Cell("instruction"), paper.Cell("orpo"),
@@ -282,7 +282,6 @@ def test_a_cell_runs_whole_on_a_tiny_budget_and_leaves_the_backbone(cell, lab):
     assert result["asked"]["test"] == len(lab.test) and same(lab.model, before)
 
 
-@pytest.mark.slow
 def test_the_command_runs_its_cells_in_workers_once_and_prints_them(
     tmp_path, monkeypatch, capsys
 ):
@@ -297,7 +296,6 @@ def test_the_command_runs_its_cells_in_workers_once_and_prints_them(
     assert "| +1+1 | alcohol, betting, horror, sex |" in again.out
 
 
-@pytest.mark.slow
 def test_growth_freezes_older_tokens_and_knows_no_later_category(lab, monkeypatch):
     trained, train = [], mosaic.train
 
@@ -341,10 +339,10 @@ def made_up_rows():
 def test_the_whole_report_is_written_from_finished_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(report.palette, "markdown", lambda result: "PALETTE")
     rows = made_up_rows()
-    rows["table 1"]["MOSAIC-20"] = [made_up(None, dsr) for dsr in (0.5, 0.8, 0.5)]
+    rows["table 1"]["MOSAIC-5"] = [made_up(None, dsr) for dsr in (0.5, 0.8, 0.5)]
     text = report.markdown(rows)
     assert all(f"## {title}\n" in text for title in report.TITLES.values())
-    assert "| MOSAIC-20 | 60.0 [50.0, 80.0] / 10.0 [10.0, 10.0] |" in text
+    assert "| MOSAIC-5 | 60.0 [50.0, 80.0] / 10.0 [10.0, 10.0] |" in text
     assert "| the paper's | 99.6 / 8.4 | 99.3 / 3.3 |" in text and "PALETTE" in text
     assert f"| SFT (LoRA) |{' 0.100 / 90.0 |' * 3}\n" in text
     # The three of the default are in other tables, too: each counts once.
@@ -361,8 +359,8 @@ def test_a_readme_gets_its_table_between_the_marks_and_nothing_else_changes():
     text = report.write_readme(f"# Title\n{mark}\nold\n{mark}\nend", rows)
     lines = text.splitlines()
     assert (lines[0], lines[1], lines[-2], lines[-1]) == ("# Title", mark, mark, "end")
-    assert len(lines) == 4 + 2 + 6 and "old" not in text
-    assert "| MOSAIC-20 | 10 | 50.0 / 10.0 | 50.0 / 10.0 | 50.0 / 10.0 |" in lines
+    assert len(lines) == 4 + 2 + 7 and "old" not in text
+    assert "| MOSAIC-5 | 10 | 50.0 / 10.0 | 50.0 / 10.0 | 50.0 / 10.0 |" in lines
     assert report.write_readme(text, rows) == text
     with pytest.raises(ValueError, match="1 times, not 2"):
         report.write_readme(f"# Title {mark}", rows)

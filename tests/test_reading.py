@@ -3,14 +3,13 @@
 import csv
 import json
 import re
-from argparse import Namespace
 from collections import Counter
 
 import datasets
 import pandas
 import pytest
 
-import train_demo
+from data_sample import reading
 from mosaic import NEUTRAL, Request
 
 ROWS = [
@@ -39,7 +38,7 @@ def give(tmp_path):
     def call(name, text, *columns):
         data = text if isinstance(text, bytes) else text.encode()
         (tmp_path / name).write_bytes(data)
-        return train_demo.read_requests(str(tmp_path / name), *columns)
+        return reading.read_requests(str(tmp_path / name), *columns)
 
     return call
 
@@ -125,7 +124,7 @@ def test_words_that_pandas_takes_for_nothing_are_words(tmp_path, name):
         path.write_text(lines(*rows), encoding="utf-8")
     else:
         frame.to_csv(path, index=False, sep="\t" if name == "d.tsv" else ",")
-    found = train_demo.read_requests(str(path))
+    found = reading.read_requests(str(path))
     assert [(q.prompt, q.category) for q in found] == [
         (row["request"], row["category"]) for row in rows
     ]
@@ -178,22 +177,22 @@ def test_class_labels_are_read_by_their_names(tmp_path, monkeypatch):
         near=["alcohol"],
     )
     data.to_parquet(tmp_path / "d.parquet")
-    found = train_demo.read_requests(str(tmp_path / "d.parquet"))
+    found = reading.read_requests(str(tmp_path / "d.parquet"))
     assert [q.category for q in found] == ["alcohol", "betting", "neutral"]
     assert [q.split for q in found] == ["train", "test", "train"]
     assert [q.near for q in found] == [None, None, "alcohol"]
     hub = {"train": data.to_iterable_dataset()}
     monkeypatch.setattr(datasets, "load_dataset", lambda *name, **more: hub)
-    assert train_demo.read_requests("imdb") == found
+    assert reading.read_requests("imdb") == found
 
 
 def test_dictionary_columns_of_parquet_are_words(tmp_path):
     frame = pandas.DataFrame(ROWS).astype({"category": "category", "split": "category"})
     frame.to_parquet(tmp_path / "D.PARQUET")
     frame[:1].to_parquet(tmp_path / "a[1] *.parquet")  # no pattern of names
-    found = train_demo.read_requests(str(tmp_path / "D.PARQUET"))
+    found = reading.read_requests(str(tmp_path / "D.PARQUET"))
     assert [q.category for q in found] == ["alcohol", "betting", "neutral"]
-    assert train_demo.read_requests(str(tmp_path / "a[1] *.parquet")) == found[:1]
+    assert reading.read_requests(str(tmp_path / "a[1] *.parquet")) == found[:1]
 
 
 def test_csv_parquet_jsonl_and_hub_datasets_are_read_alike(tmp_path, monkeypatch):
@@ -207,14 +206,14 @@ def test_csv_parquet_jsonl_and_hub_datasets_are_read_alike(tmp_path, monkeypatch
     frame.to_json(tmp_path / "d.jsonl", orient="records", lines=True)
     frame.to_json(tmp_path / "d.json", orient="records")
     found = [
-        train_demo.read_requests(str(tmp_path / name), "text", "topic")
+        reading.read_requests(str(tmp_path / name), "text", "topic")
         for name in ("d.csv", "d.parquet", "d.jsonl", "d.json")
     ]
     assert found[0] == found[1] == found[2] == found[3]
     assert found[0][4].prompt == 'say "4", or\nnot'
     hub = {"train": rows[:14], "test": rows[14:]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *name, **more: hub)
-    found = train_demo.read_requests("someone/something", "text", "topic")
+    found = reading.read_requests("someone/something", "text", "topic")
     assert [q.split for q in found] == ["train"] * 14 + ["test"] * 6
 
 
@@ -237,7 +236,7 @@ def test_a_hub_dataset_is_asked_for_by_name_and_config(
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *a, **b: seen.append(a) or {"train": ROWS}
     )
-    assert len(train_demo.read_requests(path)) == 3 and seen == [asked]
+    assert len(reading.read_requests(path)) == 3 and seen == [asked]
 
 
 def test_splits_of_the_hub_that_are_no_splits_here_are_left_out_and_told(
@@ -245,7 +244,7 @@ def test_splits_of_the_hub_that_are_no_splits_here_are_left_out_and_told(
 ):
     hub = {"train": ROWS[:1], "valid": ROWS[1:2], "unsupervised": [{"request": "x"}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *name, **more: hub)
-    found = train_demo.read_requests("imdb")
+    found = reading.read_requests("imdb")
     assert [q.split for q in found] == ["train", "validation"]
     assert capsys.readouterr().out.count("split unsupervised is left out") == 1
 
@@ -256,7 +255,7 @@ def test_a_hub_dataset_that_needs_a_config_lists_them_in_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(ValueError) as refused:
-        train_demo.read_requests("cais/mmlu")
+        reading.read_requests("cais/mmlu")
     said = str(refused.value)
     assert "cais/mmlu:CONFIG" in said and "['a', 'b']" in said and "\n" not in said
 
@@ -276,8 +275,8 @@ def test_a_hub_dataset_that_needs_a_config_lists_them_in_one_line(monkeypatch):
         ("C:\\data\\mine", "no such file"),
         ("data\\mine.csv", "no such file"),
         ("", "no such file"),
-        ("folder", "folder: no such file, but a folder; name one in it"),
-        ("folder:config", "a folder"),
+        ("folder", "folder: no such file; name one (no folder), or"),
+        ("folder:config", "no such file"),
         ("d.txt", "d.txt: unknown kind of file; known are .jsonl, "),
         ("d.csv.gz", "unknown kind of file"),
         ("plain", "unknown kind of file"),
@@ -299,13 +298,13 @@ def test_a_path_is_never_taken_for_a_dataset_of_the_hub(
     for name in ("d.txt", "d.csv.gz", "plain", "d.parquet"):
         (tmp_path / name).write_text(lines(*ROWS), encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(expected)) as refused:
-        train_demo.read_requests(path)
+        reading.read_requests(path)
     assert "\n" not in str(refused.value)
 
 
 def test_what_the_hub_cannot_give_is_told_in_one_line():
     with pytest.raises(ValueError, match="^no/such cannot be read"):
-        train_demo.read_requests("no/such")
+        reading.read_requests("no/such")
 
 
 # --- Chat messages --------------------------------------------------------------------
@@ -322,7 +321,7 @@ def test_a_request_may_be_a_list_of_chat_messages(tmp_path, ending, column):
     else:
         path.write_text(json.dumps(rows) if ending == "json" else lines(*rows))
     columns = ("prompt",) if column == "prompt" else ()
-    assert [q.prompt for q in train_demo.read_requests(str(path), *columns)] == talks
+    assert [q.prompt for q in reading.read_requests(str(path), *columns)] == talks
 
 
 def test_a_request_column_goes_before_messages(give):
@@ -389,16 +388,6 @@ def test_exact_repeats_are_taken_once_and_told_once(give, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_request_is_found_again_in_its_line(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text("\n" + lines(ROWS[0], ROWS[0]) + "\n" + lines(ROWS[1]))
-    flags = Namespace(
-        data=str(path), request_column="request", category_column="category"
-    )
-    found = train_demo.read_requests(flags.data)
-    assert [train_demo.at(flags, q) for q in found] == [f"{path}:2", f"{path}:5"]
-
-
 # --- What is refused ------------------------------------------------------------------
 
 A = '{"request": "a", "category": "b", "split": "train"}\n'
@@ -450,7 +439,7 @@ WRONG = [  # (file, its text, pattern of the line)
     ("d.json", f"[{A}, 7]", " row 2: not an object"),
     ("d.json", '{\n"data": []}', ":1: not JSON .*all of a .json a list"),
     ("d.jsonl", A.replace("split", "category"), ":1: .*'category' is there twice"),
-    ("d.jsonl", A + '{"category": "b", "split": "test"}\n', ":2: request is None"),
+    ("d.jsonl", A + '{"category": "b", "split": "test"}\n', ":2: no column 'requ"),
     ("d.jsonl", A.replace('"a"', "null"), ":1: request is None"),
     ("d.jsonl", A.replace('"a"', "7"), ":1: request is 7"),
     ("d.jsonl", A.replace('"a"', '" "'), ":1: request is ' '; it must be some text"),
@@ -468,22 +457,22 @@ WRONG = [  # (file, its text, pattern of the line)
     ("d.jsonl", A.replace('"b"', '"Neutral "'), ":1: .*'Neutral'; write neutral"),
     ("d.jsonl", A.replace('"b"', '"b", "near": "b"'), ":1: near is 'b'; only neutral"),
     ("d.jsonl", N.replace("?", '"neutral"'), ":1: near is 'neutral'"),
-    ("d.jsonl", N.replace("?", "7"), ":1: near is 7; name"),
-    ("d.jsonl", N.replace("?", "NaN"), ":1: near is nan; name"),
+    ("d.jsonl", N.replace("?", "7"), ":1: near is 7; only"),
+    ("d.jsonl", N.replace("?", "NaN"), ":1: near is nan; only"),
     # splits, repeats, spellings
     ("d.jsonl", A + '{"request": "c", "category": "b"}', ":2: split is None.*:1; "),
     ("d.csv", "request,category,split\na,b,\nc,b,test\n", ":3: split is 'test'"),
     (
         "d.jsonl",
         A + "\n" + A.replace("train", "test").replace('"a"', '" A"'),
-        ":3: the request of .*d.jsonl:1 again; take one out",
+        ":3: the request of .*d.jsonl:1 again, with another split",
     ),
     ("d.jsonl", A + A.replace('"b"', '"c"'), ":2: .*:1 again, with another"),
     ("d.csv", "request,category\na,b\nA ,c\n", ":3: .*:2 again, with another"),
     (
         "d.csv",
         "request,category,near\na,neutral,b\na,neutral,\n",
-        ":3: the request of .*d.csv:2 again, with another category or near",
+        ":3: the request of .*d.csv:2 again, with another near",
     ),
     ("d.csv", "request,category\na,Wine\nb,wine\n", ":3: .*'wine', but 'Wine' in "),
     ("d.csv", "request,category\na,self-harm\nb,Self Harm\n", ":3: .*choose one"),
@@ -524,7 +513,7 @@ def test_numbers_that_no_class_label_names_are_refused_by_row(tmp_path):
     path = str(tmp_path / "d.parquet")
     datasets.Dataset.from_list(rows).to_parquet(path)
     with pytest.raises(ValueError, match="d.parquet row 1: category is 1; .* in words"):
-        train_demo.read_requests(path)
+        reading.read_requests(path)
     labelled(rows, category=["x", "y"]).to_parquet(path)
     with pytest.raises(ValueError, match="row 2: category is -1; .* in words"):
-        train_demo.read_requests(path)
+        reading.read_requests(path)

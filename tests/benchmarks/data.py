@@ -22,8 +22,9 @@ import transformers
 from torch import Tensor, nn
 
 import mosaic
+from data_sample.reading import read_requests
 from mosaic import Model, Request, Row, Tokenizer
-from train_demo import REQUESTS, load_backbone, read_requests
+from train_demo import REQUESTS, load_backbone
 
 DECAYS = 3e-4, 1e-3, 3e-3, 1e-2, 3e-2  # of the probe's weights
 
@@ -49,9 +50,8 @@ def last_states(
     rows = [Row(mosaic.prompt_ids(tokenizer, q.prompt)) for q in requests]
     found = []
     for start in range(0, len(rows), batch_size):
-        batch = mosaic.make_batch(model, rows[start : start + batch_size])._asdict()
-        del batch["labels"]
-        out = model.get_decoder()(**batch, use_cache=False)
+        inputs, _ = mosaic.make_batch(model, rows[start : start + batch_size], "left")
+        out = model.get_decoder()(**inputs, use_cache=False)
         found.append(out.last_hidden_state[:, -1].float().cpu())  # padded on the left
     return torch.cat(found)
 

@@ -55,20 +55,19 @@ def prompt(rng: random.Random):
 def embedded(model, tokenizer, table, chat, policy) -> torch.Tensor:
     """(length, D): what the model should read, by hand."""
     chat = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
-    # The last turn is the user's, and so the last place where its role stands.
-    *earlier, last = chat
-    words = last["content"]
-    blanks = words[: len(words) - len(words.lstrip())]
-    shown = [
-        tokenizer.apply_chat_template(
-            [*earlier, {"role": "user", "content": content}], tokenize=False,
-            add_generation_prompt=True)
-        for content in (words, blanks + "\0" + words.lstrip())]
+    if policy:  # in front of all that the user says
+        chat = [turn if turn["role"] == "assistant" else
+                {**turn, "content": "\0" + turn["content"].lstrip()} for turn in chat]
+    shown = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True)
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"]
-           for part in (shown[1].split("\0") if policy else [shown[0], ""])]
+           for part in shown.split("\0")]
     weight = model.get_input_embeddings().weight
     own = [v for name, v in zip(table.categories, table.vectors) if name in policy]
-    return torch.cat([weight[ids[0]], *own, weight[ids[1]]])
+    parts = [weight[ids[0]]]
+    for part in ids[1:]:
+        parts += [*own, weight[part]]
+    return torch.cat(parts)
 
 
 def case(seed: int, model, tokenizer) -> int:
@@ -99,8 +98,7 @@ def same_logits(rng, model, tokenizer, table, prompts, policies, read):
             x = torch.cat([x, model.get_input_embeddings().weight[answer]])
             logits = model(inputs_embeds=x[None]).logits[0]
             expected.append(logits[-len(answer) - 1 : -1])
-    batch = mosaic.make_batch(model, rows, rng.choice(["left", "right"]))
-    found, labels = mosaic.answer_logits(model, batch)
+    found, labels = mosaic.answer_logits(model, rows)
     assert labels.tolist() == [i for answer in answers for i in answer]
     if expected:
         torch.testing.assert_close(found, torch.cat(expected), rtol=1e-3, atol=1e-3)

@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import mosaic
+from data_sample.reading import read_requests
 from fuzz import small_model
 from mosaic import ControlTokens, TrainConfig
-from train_demo import EMBEDDED, REQUESTS, read_requests
+from train_demo import EMBEDDED, REQUESTS
 
 
 def job(folder: Path) -> None:

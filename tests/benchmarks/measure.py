@@ -1,16 +1,25 @@
 """What is measured beside DSR and OR: AUC, drift, multiple choice, a model as judge."""
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from mosaic import (
     NEUTRAL, ControlTokens, Model, Policy, Prompt, Reference, Row, Tokenizer,
-    answer_logits, control_row, counterfactual_kd, last_words, make_batch, share,
+    answer_logits, control_row, counterfactual_kd, last_words, share,
 )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file, whole or as it was before."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -31,9 +40,7 @@ def answer_log_probabilities(
     shortest_first = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for start in range(0, len(rows), batch_size):
         chosen = shortest_first[start : start + batch_size]
-        logits, labels = answer_logits(
-            model, make_batch(model, [rows[i] for i in chosen], "right")
-        )
+        logits, labels = answer_logits(model, [rows[i] for i in chosen])
         losses = F.cross_entropy(logits, labels, reduction="none")  # (N,)
         parts = losses.split([len(rows[i].answer) for i in chosen])
         for i, part in zip(chosen, parts):
@@ -59,8 +66,8 @@ def drift(
         placed = [Row(q.placed, tokens.compose(s), q.answer) for q, s in some]
         bare = [Row(q.bare, None, q.answer) for q, _ in some]
         # (N, V) each
-        controlled, _ = answer_logits(model, make_batch(model, placed, "right"))
-        base, _ = answer_logits(model, make_batch(model, bare, "right"))
+        controlled, _ = answer_logits(model, placed)
+        base, _ = answer_logits(model, bare)
         kl += counterfactual_kd(base, controlled).item()
         same += (base.argmax(-1) == controlled.argmax(-1)).sum().item()
         n += len(base)

@@ -100,8 +100,7 @@ class Bench:
             for q in some:
                 self.asked[name][q["split"]].append(q["request"])
         plain = self.asked["neutral"]["test"][: settings.tested]
-        neutral = self.answered(plain, plain)
-        self.neutral = mosaic.make_batch(self.model, neutral)
+        self.neutral = self.answered(plain, plain)
         with torch.no_grad():
             self.base = mosaic.answer_logits(self.model, self.neutral)[0]  # (N, V)
 
@@ -139,8 +138,7 @@ class Bench:
         layer the states of all of them, (B, layers, P, D). Logits: (B, V).
         """
         rows = [Row(mosaic.prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
-        batch = mosaic.make_batch(self.model, rows)._asdict()
-        del batch["labels"]
+        inputs, _ = mosaic.make_batch(self.model, rows, "left")
         states = []
 
         def hook(module, inputs, out: Tensor) -> Tensor:
@@ -152,7 +150,7 @@ class Bench:
         some = self.layers if layer is None else [self.layers[layer]]
         hooks = [one.register_forward_hook(hook) for one in some]
         try:
-            logits = self.model(**batch, use_cache=False, logits_to_keep=1).logits
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits
         finally:
             for one in hooks:
                 one.remove()
@@ -341,8 +339,7 @@ def sft_lora(bench: Bench, domain: str, layer: int) -> Updates:
 
     def loss(part: list[int]) -> Tensor:
         some = [rows[i] for i in part]
-        batch = mosaic.make_batch(bench.model, some)
-        logits, labels = mosaic.answer_logits(bench.model, batch)
+        logits, labels = mosaic.answer_logits(bench.model, some)
         each = F.cross_entropy(logits, labels, reduction="none")  # (N,)
         parts = each.split([len(row.answer) for row in some])
         return torch.stack([one.mean() for one in parts])  # (B,)

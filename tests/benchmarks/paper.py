@@ -40,28 +40,29 @@ import mosaic
 import palette
 import peers
 import report
+from data_sample.reading import read_requests, read_summaries
+from measure import write_whole
 from mosaic import NEUTRAL, ControlTokens, Policy, Prompt, Request, Row, TrainConfig
 from train_demo import (
-    EMBEDDED, JUDGED_TOKENS, REQUESTS, SUMMARIES, instruct, load_backbone,
-    read_requests, read_summaries,
+    EMBEDDED, JUDGED_TOKENS, REQUESTS, SUMMARIES, instruct, load_backbone
 )
 
-VERSION = 5  # raise it when code changes what a cell trains or measures
+VERSION = 6  # raise it when code changes what a cell trains or measures
 LORA_RATE = 0.003  # Adam's, for adapters: tried once on validation, not tuned
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training with its measurements; all defaults: MOSAIC-20, as it is shipped."""
+    """One training with its measurements; all defaults: MOSAIC-5, as it is shipped."""
 
     method: str = "mosaic"  # or untouched, instruction, sft, orpo, growth, palette
-    tokens: int = 20
+    tokens: int = 5
     orders: tuple[int, ...] = (1, 2, 3, 4)
     optimizer: str = "muon"
     objective: str = "default"  # weights of positions; sum: 1, mean: 1 / length
     kd: float = 1.0
     negatives: float = 1.0
-    epochs: int = 4  # what is compared has as many
+    epochs: int = 4  # half of the default; what is compared has as many
     seed: int = 0
 
     @property
@@ -81,8 +82,9 @@ GRID: dict[str, dict[str, list[Cell]]] = {
     "table 1": {
         "untouched backbone": seeds(1, method="untouched"),
         "in context": seeds(1, method="instruction"),
-        "MOSAIC-20": seeds(3),
-        "MOSAIC-5": seeds(1, tokens=5),
+        "MOSAIC-5": seeds(3),
+        "MOSAIC-5, 8 epochs": seeds(1, epochs=8),
+        "MOSAIC-20": seeds(1, tokens=20),
         "SFT (LoRA)": seeds(1, method="sft"),
         "ORPO (LoRA)": seeds(1, method="orpo"),
     },
@@ -94,7 +96,7 @@ GRID: dict[str, dict[str, list[Cell]]] = {
         "first 3, later 0.3, then 1; 8 epochs": seeds(1, epochs=8),
     },
     "figure 4": {
-        "MOSAIC-20": seeds(1),
+        "MOSAIC-5": seeds(1),
         # The same number of steps, all on order 1.
         "without compositions": seeds(1, orders=(1, 1, 1, 1)),
         "without KD": seeds(1, kd=0.0),
@@ -279,14 +281,12 @@ def drift(lab: Lab, way: Way, order: int) -> dict[str, float]:
     """
     policies = mosaic.subsets(lab.categories, order, 5, random.Random(0))
     own = [Row(q.bare, None, q.answer) for q in lab.plain]
-    base, _ = mosaic.answer_logits(
-        lab.model, mosaic.make_batch(lab.model, own, "right"))  # (N, V)
+    base, _ = mosaic.answer_logits(lab.model, own)  # (N, V)
     kl = same = 0.0
     for policy in policies:
         rows = [way.row(q.prompt, policy, q.answer) for q in lab.plain]
         with peers.merged(lab.model, way.updates):
-            logits, _ = mosaic.answer_logits(
-                lab.model, mosaic.make_batch(lab.model, rows, "right"))  # (N, V)
+            logits, _ = mosaic.answer_logits(lab.model, rows)  # (N, V)
         kl += mosaic.counterfactual_kd(base, logits).item() / len(base)
         same += (base.argmax(-1) == logits.argmax(-1)).float().mean().item()
     return {"kl": kl / len(policies), "same": same / len(policies)}
@@ -330,7 +330,8 @@ def settings(cell: Cell, quick: bool) -> dict:
     about = {
         "version": VERSION, "quick": quick, "lora_rate": LORA_RATE,
         "data and backbone": hashlib.sha256(content).hexdigest()[:16],
-        "config": dataclasses.asdict(TrainConfig()),  # a cell changes some of it
+        "config": {name: value for name, value in dataclasses.asdict(
+            TrainConfig()).items() if not hasattr(cell, name)},
         **dataclasses.asdict(cell)}
     if cell.method == "palette":
         about["config"] = dataclasses.asdict(palette.Settings())
@@ -353,8 +354,7 @@ def run(cell: Cell, flags) -> str:
     result = measure(lab_for(flags.quick), cell) | {
         "settings": settings(cell, flags.quick), "seconds": round(time.time() - began),
         "hardware": report.hardware()}
-    with mosaic.beside(str(Path(flags.results) / f"{cell.name}.json")) as part:
-        Path(part).write_text(json.dumps(result) + "\n", encoding="utf-8")
+    write_whole(Path(flags.results) / f"{cell.name}.json", json.dumps(result) + "\n")
     return cell.name
 
 
@@ -407,8 +407,7 @@ def main() -> None:
     if flags.readme:
         path = ROOT / "README.md"
         text = report.write_readme(path.read_text(encoding="utf-8"), rows["table 1"])
-        with mosaic.beside(str(path)) as part:
-            Path(part).write_text(text, encoding="utf-8")
+        write_whole(path, text)
 
 
 if __name__ == "__main__":

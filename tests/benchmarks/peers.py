@@ -145,8 +145,7 @@ class Layers(nn.Module):
 
 def answer_log_probs(model: Model, rows: Sequence[Row]) -> list[Tensor]:
     """log p(y_t) at each row's answer tokens, B of (n,)."""
-    logits, labels = mosaic.answer_logits(
-        model, mosaic.make_batch(model, rows, "right"))
+    logits, labels = mosaic.answer_logits(model, rows)
     log_p = -F.cross_entropy(logits, labels, reduction="none")  # (N,)
     return [*log_p.split([len(row.answer) for row in rows])]
 

@@ -39,12 +39,13 @@ from torch import Tensor, nn
 
 import mosaic
 import peers
-from measure import auc, answer_log_probabilities, drift
+from data_sample.reading import read_requests
+from measure import auc, answer_log_probabilities, drift, write_whole
 from mosaic import (
     NEUTRAL, ControlTokens, OrderSampler, Request, Row, Task, TrainConfig
 )
 from robustness import border_cases, safe_prompts
-from train_demo import JUDGED_TOKENS, instruct, load_backbone, read_requests
+from train_demo import JUDGED_TOKENS, instruct, load_backbone
 
 KNOBS = ("optimizer", "learning_rate", "kd_weight", "first_weight", "later_weight",
          "batch_size", "answer_tokens", "later_turns", "negatives_per_positive", "seed")
@@ -216,8 +217,7 @@ class Job:
                 self.model, self.tokenizer, chats, 24, self.big)
             held["second turn"] = [q for q in found if not mosaic.is_refusal(q.text)]
         if self.args.references:
-            with mosaic.beside(str(kept)) as part:
-                torch.save({"learn": learn, "held": held}, part)
+            torch.save({"learn": learn, "held": held}, kept)
         return learn, held
 
     def start(self, requests: list) -> None:
@@ -306,9 +306,9 @@ class Job:
             return peers.sft_loss(self.model, wanted, []), torch.empty(0)
         rows = mosaic.task_rows(self.tokens, tasks, self.refusal, rng)
         weights = mosaic.answer_weights(rows, self.config, self.progress)
-        losses, shares = mosaic.batch_losses(self.model, tasks, rows, weights)
-        loss = losses[0] + losses[1] + self.config.kd_weight * losses[2]
-        return loss, torch.cat([losses.detach(), shares])
+        logged = mosaic.batch_losses(self.model, tasks, rows, weights, self.refusal)
+        loss = logged[0] + logged[1] + self.config.kd_weight * logged[2]
+        return loss, logged.detach()
 
     def train(self) -> None:
         """The loop of mosaic.train, measured along the way."""
@@ -410,8 +410,7 @@ def hardware() -> str:
 
 
 def write(path: str, result: dict) -> None:
-    with mosaic.beside(path) as part:
-        Path(part).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(Path(path), json.dumps(result, indent=1) + "\n")
 
 
 def picture(path: str, *runs: str) -> None:

@@ -36,10 +36,10 @@ TITLES = {
 }
 NOTES = {
     "table 1": "One table, or one adapter, serves every policy. Whatever is trained "
-    "had the same tasks for the default's 4 epochs. Adapters read the policy as "
-    "a rule with the categories' names; their rate was not tuned. In context: the rule "
-    "with a summary of each category. Mean of the seeds [lowest, highest]. The "
-    "paper's: Llama-3.2-3B.",
+    "had the same tasks for 4 epochs, half of the default's, but for one row. Adapters "
+    "read the policy as a rule with the categories' names; their rate was not tuned. "
+    "In context: the rule with a summary of each category. Mean of the seeds [lowest, "
+    "highest]. The paper's: Llama-3.2-3B.",
     "objective": "Weights of positions: an answer's first token 3 and the others 0.3, "
     "going over to 1 in the last third (the default); 1 throughout (the paper's sum); "
     "or 1 / length. Muon but for one row. 4 epochs but for one row.",

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import mosaic
+from data_sample.reading import read_requests
 from mosaic import NEUTRAL, REFUSAL, ControlTokens
-from train_demo import EMBEDDED, JUDGED_TOKENS, REQUESTS, load_backbone, read_requests
+from train_demo import EMBEDDED, JUDGED_TOKENS, REQUESTS, load_backbone
 
 
 class Job:

@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import mosaic
+from data_sample.reading import read_requests
 from mosaic import IGNORE, NEUTRAL, ControlTokens, OrderSampler, Reference, TrainConfig
-from train_demo import EMBEDDED, REQUESTS, load_backbone, read_requests
+from train_demo import EMBEDDED, REQUESTS, load_backbone
 
 try:
     import peft
@@ -108,23 +109,22 @@ class Job:
 def ours(job, tasks, rng):
     rows = mosaic.task_rows(job.tokens, tasks, job.refusal, rng)
     weights = mosaic.answer_weights(rows, TrainConfig(), 0.5)
-    return mosaic.batch_losses(job.model, tasks, rows, weights)[0].sum()
+    return mosaic.batch_losses(job.model, tasks, rows, weights, job.refusal)[:3].sum()
 
 
 def without_the_teacher(job, tasks, rng):
     """As ours, but for the KD and the second forward that it needs."""
     rows = mosaic.task_rows(job.tokens, tasks, job.refusal, rng)
     weights = mosaic.answer_weights(rows, TrainConfig(), 0.5).to(job.device)
-    batch = mosaic.make_batch(job.model, rows, "right")
-    return mosaic.answer_loss(*mosaic.answer_logits(job.model, batch), weights)
+    return mosaic.answer_loss(*mosaic.answer_logits(job.model, rows), weights)
 
 
 def head_at_every_position(job, tasks, rng):
     """As ours, but the answer positions are picked from the logits of all positions."""
 
-    def wide(model, batch):
-        inputs = batch._asdict()
-        labels = inputs.pop("labels")[:, 1:]
+    def wide(model, rows):
+        inputs, labels = mosaic.make_batch(model, rows, "right")
+        labels = labels[:, 1:]
         at = (labels != IGNORE).nonzero(as_tuple=True)
         return model(**inputs, use_cache=False).logits.float()[at], labels[at]
 
@@ -294,7 +294,7 @@ def main():
     add("--layers", type=int, default=2, help="of the shape (24 whole)")
     add("--steps", type=int, default=20)
     add("--batch_size", type=int, default=16)
-    add("--tokens_per_category", type=int, default=20)
+    add("--tokens_per_category", type=int, default=5)
     add("--rounds", type=int, default=3)
     add("--ways", nargs="+", default=[*WAYS], choices=[*WAYS], help="first: ratio 1")
     add("--json", default="", help="where to write all figures")
