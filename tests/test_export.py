@@ -13,7 +13,7 @@ from test_families import TEMPLATES, filled, tokenizer_like, turns
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mosaic
-from mosaic import PLACE, ControlTokens
+from mosaic import ControlTokens
 
 CHAT = turns("What goes in a Negroni?")
 EVERY = [
