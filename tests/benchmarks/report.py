@@ -201,9 +201,13 @@ def picture(path: Path, rows: Rows) -> None:
 
 
 def pictures(rows: dict[str, Rows], folder: Path) -> None:
-    """Table 1, figures 4 and 5 as SVG files; none without matplotlib."""
+    """Table 1, figures 4 and 5 as SVG files, if they have two rows or more to compare.
+
+    None without matplotlib.
+    """
     for name in {"table 1", "figure 4", "figure 5"} & {*rows} if pyplot else ():
-        picture(folder / f"{name.replace(' ', '_')}.svg", rows[name])
+        if len(rows[name]) > 1:
+            picture(folder / f"{name.replace(' ', '_')}.svg", rows[name])
 
 
 # --- README ---------------------------------------------------------------------------
