@@ -12,12 +12,17 @@ Methods: tokens; shared and mlp, the same tokens trained through parameters that
 categories have in common and folded back (see Reparametrised); layers, vectors at every
 layer; lora, one adapter steered by the written policy.
 
+What is cheap or comes first: --prefix reads what all prompts begin with (a template's
+system message) once; --decide_until and --first_order_until put the decision, and
+policies of one category, before the rest.
+
 Prints along the way the AUC of the refusal's log-probability by order, on training and
 validation requests; at the end DSR, OR and near-miss OR on validation, or with --test
 on the test split. The loop is that of mosaic.train, but ends by steps or by the clock.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -28,6 +33,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -63,6 +69,10 @@ def flags() -> argparse.Namespace:
     add("--orders", type=int, nargs="+", help="1 .. min(K, 4)")
     add("--mlp_rate", type=float, default=1e-3, help="Adam's, of --method mlp")
     add("--first_order_until", type=float, default=0, help="this share on order 1 only")
+    add("--decide_until", type=float, default=0,
+        help="up to this share only the first three tokens of answers are learned")
+    add("--prefix", action="store_true",
+        help="what all prompts begin with is read once and kept as a cache")
     add("--steps", type=int, default=1000)
     add("--minutes", type=float, help="the clock ends it, in place of --steps")
     add("--tokens_per_category", type=int, default=20)
@@ -86,7 +96,10 @@ def flags() -> argparse.Namespace:
     add("--sweep", help="a file with a line of flags for each run, all at once")
     add("--picture", nargs="+", help="an SVG file to draw, and the runs' files")
     add("--output", default="runs/real/run.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prefix and args.method in ("layers", "lora"):
+        parser.error("--prefix is for control tokens that stand behind it")
+    return args
 
 
 def few(requests: list, most: int, seed: int = 0) -> list:
@@ -107,6 +120,32 @@ def after(first: mosaic.Reference, request: Request) -> Request:
             {"role": "assistant", "content": first.text},
             *mosaic.as_messages(request.prompt)]
     return Request(chat, request.category, request.split, request.near)
+
+
+class Prefixed:
+    """A backbone that has read `ids` already: their keys and values are kept.
+
+    It takes the model's place in mosaic.answer_logits, for rows that lack these ids.
+    """
+
+    def __init__(self, model: mosaic.Model, ids: Sequence[int]):
+        self.model, self.length = model, len(ids)
+        with torch.no_grad():
+            read = model(torch.tensor([ids], device=model.device), use_cache=True)
+        layers = read.past_key_values.layers
+        self.kept = [(layer.keys, layer.values) for layer in layers]  # (1, heads, P, d)
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def __call__(self, attention_mask: Tensor, position_ids: Tensor, **inputs):
+        b = len(attention_mask)
+        shared = [[half.expand(b, -1, -1, -1) for half in kept] for kept in self.kept]
+        seen = attention_mask.new_ones(b, self.length)
+        return self.model(
+            attention_mask=torch.cat([seen, attention_mask], 1),
+            position_ids=position_ids + self.length,
+            past_key_values=transformers.DynamicCache(shared), **inputs)
 
 
 # --- Parameters that the categories share ---------------------------------------------
@@ -180,6 +219,14 @@ class Job:
         self.refusal = mosaic.refusal_ids(self.model, self.tokenizer, mosaic.REFUSAL)
         began = time.time()
         self.learn, self.held = self.references(requests)
+        self.reader, self.cut = self.model, 0
+        if args.prefix:
+            shared = os.path.commonprefix([q.placed for q in self.learn])
+            shared = os.path.commonprefix([shared, *(q.bare for q in self.learn)])
+            self.reader, self.cut = Prefixed(self.model, shared), len(shared)
+            self.learn = [dataclasses.replace(
+                q, bare=q.bare[self.cut:], placed=q.placed[self.cut:])
+                for q in self.learn]
         self.curve = {"train": few(self.held["train"], args.most or 15),
                       "validation": few(self.held.get("validation", []), args.most)}
         self.start(requests)
@@ -257,7 +304,8 @@ class Job:
         """What is read for a task: control tokens or, for LoRA, the written policy."""
         if self.args.method == "lora":
             return peers.ruled_row(self.tokenizer, task, rng)
-        return Row(task.request.placed, self.tokens.compose(task.policy, rng))
+        placed = task.request.placed[self.cut:]
+        return Row(placed, self.tokens.compose(task.policy, rng))
 
     @torch.no_grad()
     def auc(self, references: list, orders: list[int]) -> dict[int, float]:
@@ -268,7 +316,7 @@ class Job:
                 self.categories, order, self.args.policies, random.Random(0))
             tasks = [Task(q, policy) for policy in policies for q in references]
             rows = [self.row(task)._replace(answer=self.refusal) for task in tasks]
-            scores = answer_log_probabilities(self.model, rows, self.big)
+            scores = answer_log_probabilities(self.reader, rows, self.big)
             sides = {True: [], False: []}
             for task, score in zip(tasks, scores):
                 sides[task.refuse].append(score)
@@ -304,9 +352,14 @@ class Job:
                 answer=self.refusal if task.refuse else task.request.answer)
                 for task in tasks]
             return peers.sft_loss(self.model, wanted, []), torch.empty(0)
-        rows = mosaic.task_rows(self.tokens, tasks, self.refusal, rng)
+        refusal = self.refusal
+        if self.progress < self.args.decide_until:
+            refusal = refusal[:3]
+            tasks = [Task(dataclasses.replace(q, answer=q.answer[:3]), policy)
+                     for q, policy in tasks]
+        rows = mosaic.task_rows(self.tokens, tasks, refusal, rng)
         weights = mosaic.answer_weights(rows, self.config, self.progress)
-        logged = mosaic.batch_losses(self.model, tasks, rows, weights, self.refusal)
+        logged = mosaic.batch_losses(self.reader, tasks, rows, weights, refusal)
         loss = logged[0] + logged[1] + self.config.kd_weight * logged[2]
         return loss, logged.detach()
 
