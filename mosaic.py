@@ -66,6 +66,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 from transformers import PreTrainedModel as Model
@@ -102,10 +103,9 @@ def as_messages(prompt: Prompt) -> list[dict]:
     return [*prompt]
 
 
-def last_words(prompt: Prompt) -> str:
-    """What the user said last."""
-    said = [m["content"] for m in as_messages(prompt) if m["role"] == "user"]
-    return said[-1]
+def user_words(prompt: Prompt) -> list[str]:
+    """What the user says, turn by turn."""
+    return [m["content"] for m in as_messages(prompt) if m["role"] == "user"]
 
 
 def canonical(policy: Policy, categories: Sequence[str]) -> tuple[str, ...]:
@@ -126,19 +126,6 @@ def canonical(policy: Policy, categories: Sequence[str]) -> tuple[str, ...]:
 FORMAT = 3  # of a saved table; before, the tokens stood elsewhere in the prompt
 
 
-def fingerprint(model: Model) -> str:
-    """16 hex digits that tell backbones apart, from 64 weights of every tensor.
-
-    As bf16, so that one checkpoint has one fingerprint in fp32 and bf16 (not fp16).
-    """
-    sha = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        name = name.replace("_orig_mod.", "")  # torch.compile's wrapper
-        sample = weight.detach().flatten()[:64].bfloat16().view(torch.int16)
-        sha.update(f"{name}{tuple(weight.shape)}{sample.tolist()}".encode())
-    return sha.hexdigest()[:16]
-
-
 def check_backbone(model: Model) -> None:
     """ValueError: a model with which training or export would be silently wrong."""
     config = model.config.get_text_config()
@@ -152,6 +139,21 @@ def check_backbone(model: Model) -> None:
         raise ValueError("it is offloaded: load the whole model on one device")
 
 
+def fingerprint(model: Model) -> str:
+    """16 hex digits that tell backbones apart, from 64 weights of every tensor.
+
+    As bf16, so that one checkpoint has one fingerprint in fp32 and bf16 (not fp16).
+    ValueError: no backbone for control tokens.
+    """
+    check_backbone(model)
+    sha = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        name = name.replace("_orig_mod.", "")  # torch.compile's wrapper
+        sample = weight.detach().flatten()[:64].bfloat16().view(torch.int16)
+        sha.update(f"{name}{tuple(weight.shape)}{sample.tolist()}".encode())
+    return sha.hexdigest()[:16]
+
+
 def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
     """Standard deviation of the backbone's embeddings: the unit of start and steps.
 
@@ -161,8 +163,7 @@ def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
     embed = model.get_input_embeddings()
     size = min(len(tokenizer), len(embed.weight))
     ids = torch.arange(0, size, 1 + size // 1000, device=model.device)  # about 1000
-    with torch.no_grad():
-        return embed(ids).float().std().item()
+    return embed(ids).float().std().item()
 
 
 def telling_ids(
@@ -175,7 +176,7 @@ def telling_ids(
     own, others = [], []
     for request in requests:
         if request.split == "train":
-            ids = tokenizer(last_words(request.prompt), add_special_tokens=False)
+            ids = tokenizer(user_words(request.prompt)[-1], add_special_tokens=False)
             side = own if request.category == category else others
             side.append({*ids["input_ids"]})
     inside, outside = (Counter(itertools.chain(*side)) for side in (own, others))
@@ -184,7 +185,7 @@ def telling_ids(
         share = (inside[i] + 1) / (len(own) + 2)
         return share * math.log(share * (len(others) + 2) / (outside[i] + 1))
 
-    ids = sorted(inside, key=weight, reverse=True)[:m]
+    ids = sorted(inside, key=weight, reverse=True)
     ids = ids or tokenizer(category, add_special_tokens=False)["input_ids"]
     return [ids[i % len(ids)] for i in range(m)]
 
@@ -212,11 +213,9 @@ class ControlTokens(nn.Module):
 
         M is 5 as in the paper; with 20 a larger backbone has learned faster.
         """
-        check_backbone(model)
-        table = cls({}, {
-            "backbone": model.config._name_or_path, "fingerprint": fingerprint(model),
-            "refusal": refusal,
-        })
+        name = model.config._name_or_path
+        made_for = {"backbone": name, "fingerprint": fingerprint(model)}
+        table = cls({}, {**made_for, "refusal": refusal})
         table.add(model, tokenizer, categories, tokens_per_category, requests, seed)
         return table
 
@@ -253,7 +252,6 @@ class ControlTokens(nn.Module):
 
     def check(self, model: Model) -> None:
         """ValueError: no backbone for control tokens, or not the one of this table."""
-        check_backbone(model)
         if self.made_for["fingerprint"] != fingerprint(model):
             raise ValueError(f"the table was made for {self.made_for['backbone']}")
 
@@ -298,8 +296,8 @@ class ControlTokens(nn.Module):
             raise ValueError(f"{path} is no table to use here: {error}") from error
         tokens = cls(vectors, made_for)
         if model is not None:
-            tokens.check(model)
-        return tokens.to("cpu" if model is None else model.device)
+            tokens.to(model.device).check(model)
+        return tokens
 
 
 # --- 3. From prompt to batch to logits ------------------------------------------------
@@ -393,17 +391,21 @@ def with_mark(tokenizer: Tokenizer, template: str) -> Tokenizer:
     return with_policies(tokenizer, {"mosaic": [MARK]})
 
 
-def render(tokenizer: Tokenizer, prompt: Prompt, place=False, ask=True) -> str:
-    """A prompt through the chat template; with `place` there are MARKs in it.
-
-    With `ask` it ends where the assistant's answer begins, else with the last message.
-    """
+def render(tokenizer: Tokenizer, prompt: Prompt) -> str:
+    """A whole chat as the backbone's template writes it, up to its last message."""
     marked = with_mark(tokenizer, repr(tokenizer.chat_template))
-    return marked.apply_chat_template(
-        as_messages(prompt), policy=["mosaic"] if place else [], tokenize=False,
-        add_generation_prompt=ask,
-        enable_thinking=False,  # or Qwen3 and others would think aloud first
-    )
+    return marked.apply_chat_template(as_messages(prompt), tokenize=False)
+
+
+def template_ids(tokenizer: Tokenizer, prompt: Prompt, policy: Policy) -> list[int]:
+    """The ids of a prompt, up to the answer, by a chat template that takes a policy.
+
+    The template writes BOS, if any: apply_chat_template lets the tokenizer add none.
+    """
+    return tokenizer.apply_chat_template(
+        as_messages(prompt), policy=policy, add_generation_prompt=True,
+        return_dict=True, enable_thinking=False,  # or Qwen3 would think aloud first
+    )["input_ids"]
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: bool = False) -> list[int]:
@@ -415,13 +417,10 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: bool = False) -> lis
     the backbone's template drops the user's words, or repeats them.
     """
     marked = with_mark(tokenizer, repr(tokenizer.chat_template))
-    # The template has written BOS: the tokenizer must not do it again.
-    text = render(tokenizer, prompt, place)
-    ids = marked(text, add_special_tokens=False)["input_ids"]
+    ids = template_ids(marked, prompt, ["mosaic"] if place else [])
     mark = marked.convert_tokens_to_ids(MARK)
-    said = [m["content"] for m in as_messages(prompt) if m["role"] == "user"]
-    if place and ids.count(mark) != len(said):
-        raise ValueError(f"the chat template drops or repeats what is said: {said}")
+    if place and ids.count(mark) != len(user_words(prompt)):
+        raise ValueError(f"the chat template drops or repeats what is said: {prompt!r}")
     return [PLACE if i == mark else i for i in ids]
 
 
@@ -430,9 +429,8 @@ def control_row(
     answer: Sequence[int] = (),
 ) -> Row:
     """A prompt under a policy; without one the bare backbone's."""
-    if not policy:
-        return Row(prompt_ids(tokenizer, prompt), None, answer)
-    return Row(prompt_ids(tokenizer, prompt, True), tokens.compose(policy), answer)
+    ids = prompt_ids(tokenizer, prompt, place=bool(policy))
+    return Row(ids, tokens.compose(policy) if policy else None, answer)
 
 
 def make_batch(
@@ -447,11 +445,8 @@ def make_batch(
     for prompt, control, answer in rows:
         filled = []
         for i in prompt:
-            if i == PLACE:
-                filled += [PLACE] * len(control)
-                controls.append(control)
-            else:
-                filled.append(i)
+            filled += [PLACE] * len(control) if i == PLACE else [i]
+        controls += [control] * prompt.count(PLACE)
         ids.append(torch.tensor([*filled, *answer]))
         labels.append(torch.tensor([IGNORE] * len(filled) + [*answer]))
     ids = pad_sequence(ids, True, PAD, padding_side).to(model.device)  # (B, L)
@@ -488,11 +483,9 @@ def answer_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
     # Without cuDNN's attention: given a mask, its backward returns NaN in bf16 at some
     # lengths (pytorch/pytorch#196678). The kernel is chosen here, in the forward.
-    kernels = [
-        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    ]
+    safe = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(narrow), sdpa_kernel(kernels):
+    with head.register_forward_pre_hook(narrow), sdpa_kernel(safe):
         logits = model(**inputs, use_cache=False).logits  # (N, V)
     return logits.float(), labels[at]
 
@@ -507,6 +500,11 @@ def end_ids(model: Model, tokenizer: Tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *ends} - {None}
 
 
+def batched(items: list, size: int) -> list[list]:
+    """Cut into parts of `size`, the last perhaps shorter (itertools', from 3.12)."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 @torch.no_grad()
 def generate_ids(
     model: Model, tokenizer: Tokenizer, rows: Sequence[Row], max_new_tokens: int,
@@ -519,27 +517,23 @@ def generate_ids(
     """
     model.eval()  # for good: with dropout it would be another model
     ends = end_ids(model, tokenizer)
-    options = {
-        "do_sample": False, "max_new_tokens": max_new_tokens, "streamer": streamer,
-        "eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0),
-    }
     # What a checkpoint brings (a repetition penalty, a temperature, stop strings) would
-    # count even for a call with settings of its own, so it is put away meanwhile.
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    # count whatever is passed to generate: a copy, on the same weights, goes without
+    # (of the model inside torch.compile's wrapper, which has no settings of its own).
+    greedy = copy.copy(getattr(model, "_orig_mod", model))
+    greedy.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0),
+    )
     answers: list[list[int]] = [[] for _ in rows]
-    shortest_first = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    try:
-        starts = range(0, len(rows), batch_size)
-        for start in tqdm(starts, title, disable=title is None):
-            chosen = shortest_first[start : start + batch_size]  # little padding
-            inputs, _ = make_batch(model, [rows[i] for i in chosen], "left")
-            inputs.pop("position_ids")  # generate makes the same from the mask
-            out = model.generate(**inputs, **options).tolist()  # only what is new
-            for i, ids in zip(chosen, out):
-                ended = [t for t, token in enumerate(ids, 1) if token in ends]
-                answers[i] = ids[: ended[0]] if ended else ids
-    finally:
-        model.generation_config = own
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    for chosen in tqdm(batched(by_length, batch_size), title, disable=title is None):
+        inputs, _ = make_batch(model, [rows[i] for i in chosen], "left")
+        inputs.pop("position_ids")  # generate makes the same from the mask
+        out = greedy.generate(**inputs, streamer=streamer).tolist()  # only what is new
+        for i, ids in zip(chosen, out):
+            ended = [t for t, token in enumerate(ids, 1) if token in ends]
+            answers[i] = ids[: ended[0]] if ended else ids
     return answers
 
 
@@ -673,7 +667,7 @@ def subsets(
         return [subset for subset in every if needed & set(subset)]
     drawn = set()
     while len(drawn) < most:
-        subset = canonical(rng.sample(list(categories), order), categories)
+        subset = canonical(rng.sample(categories, order), categories)
         if needed & set(subset):
             drawn.add(subset)
     return sorted(drawn)  # a set's own order differs from run to run
@@ -730,11 +724,7 @@ class OrderSampler:
 
     def epoch(self, orders: Sequence[int], batch_size: int) -> list[list[Task]]:
         """Batches of one order each, cycling over orders."""
-        per_order = []
-        for r in orders:
-            tasks = self.of_order(r)
-            starts = range(0, len(tasks), batch_size)
-            per_order.append([tasks[i : i + batch_size] for i in starts])
+        per_order = [batched(self.of_order(r), batch_size) for r in orders]
         cycles = itertools.zip_longest(*per_order)
         return [batch for cycle in cycles for batch in cycle if batch]
 
@@ -791,17 +781,15 @@ def reference_answers(
     max_new_tokens: int = 16, batch_size: int = 64,
 ) -> list[Reference]:
     """What the untouched backbone says to each request, decoded greedily."""
-    bare = [prompt_ids(tokenizer, request.prompt) for request in requests]
-    answers = generate_ids(
-        model, tokenizer, [*map(Row, bare)], max_new_tokens, batch_size, "references"
-    )
+    rows = [Row(prompt_ids(tokenizer, request.prompt)) for request in requests]
+    out = generate_ids(model, tokenizer, rows, max_new_tokens, batch_size, "references")
     return [
         Reference(
-            **vars(request), bare=tuple(ids), answer=tuple(answer),
-            placed=tuple(prompt_ids(tokenizer, request.prompt, True)),
-            text=tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            **vars(request), bare=tuple(row.prompt), answer=tuple(ids),
+            placed=tuple(prompt_ids(tokenizer, request.prompt, place=True)),
+            text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
         )
-        for request, ids, answer in zip(requests, bare, answers, strict=True)
+        for request, row, ids in zip(requests, rows, out, strict=True)
     ]
 
 
@@ -827,9 +815,9 @@ def training_references(
     later = []
     for request in rng.sample(alone, round(config.later_turns * len(alone))):
         # After any request and its answer: a policy may be switched on in mid-chat.
-        before, words = rng.choice(alone), as_messages(request.prompt)
+        before = rng.choice(alone)
         answer = {"role": "assistant", "content": before.text}
-        words = [message for message in words if message["role"] != "system"]
+        words = [m for m in as_messages(request.prompt) if m["role"] != "system"]
         chat = [*as_messages(before.prompt), answer, *words]
         later.append(Request(chat, request.category, request.split, request.near))
     return alone + answered(later)
@@ -842,7 +830,7 @@ def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
     ValueError: nothing is known to end an answer.
     """
     turns = [*as_messages("?"), {"role": "assistant", "content": refusal}]
-    after = render(tokenizer, turns, ask=False).rpartition(refusal)[2]
+    after = render(tokenizer, turns).rpartition(refusal)[2]
     ends = end_ids(model, tokenizer)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     ending = [i for i in (*ids, tokenizer.eos_token_id, *ends) if i in ends]
@@ -852,21 +840,16 @@ def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
 
 
 def task_rows(
-    tokens: ControlTokens, tasks: Sequence[Task], refusal: Sequence[int],
-    rng: random.Random,
+    tokens: ControlTokens, tasks: list[Task], refusal: list[int], rng: random.Random
 ) -> list[Row]:
     """What the model reads and should say, a row per task, each under its policy."""
-    rows = []
-    for task in tasks:
-        answer = refusal if task.refuse else task.request.answer
-        control = tokens.compose(task.policy, rng)
-        rows.append(Row(task.request.placed, control, answer))
-    return rows
+    prompts = [task.request.placed for task in tasks]
+    controls = [tokens.compose(task.policy, rng) for task in tasks]
+    answers = [refusal if task.refuse else task.request.answer for task in tasks]
+    return [*map(Row, prompts, controls, answers)]
 
 
-def answer_weights(
-    rows: Sequence[Row], config: TrainConfig, progress: float
-) -> Tensor:
+def answer_weights(rows: list[Row], config: TrainConfig, progress: float) -> Tensor:
     """The weight of every answer position, (N,), when `progress` of 0..1 is done."""
     even = max(0.0, 3 * progress - 2)  # 0 up to two thirds, then up to 1
     first = config.first_weight + (1 - config.first_weight) * even
@@ -893,8 +876,7 @@ def batch_losses(
     l_ref = answer_loss(logits[on], labels[on], weights[on])
     l_lm = answer_loss(logits[~on], labels[~on], weights[~on])
     # The counterfactual: the same requests without tokens.
-    others = [task.request for task in tasks if not task.refuse]
-    bare = [Row(request.bare, None, request.answer) for request in others]
+    bare = [Row(t.request.bare, None, t.request.answer) for t in tasks if not t.refuse]
     with torch.no_grad():
         base = answer_logits(model, bare)[0] if bare else logits[:0]
     l_kd = counterfactual_kd(base, logits[~on], weights[~on])
@@ -904,39 +886,32 @@ def batch_losses(
     return torch.stack([l / len(tasks) for l in (l_ref, l_lm, l_kd)] + shares)
 
 
-def make_optimizer(
-    tokens: ControlTokens, config: TrainConfig, unit: float
-) -> torch.optim.Optimizer:
-    """The optimiser of what is not frozen. It never sees anything but control tokens.
+def make_optimizer(tokens: ControlTokens, config: TrainConfig, std: float) -> Optimizer:
+    """The optimiser of control tokens; frozen ones get no gradient, and so no step.
 
     Differs from the paper, which takes Adam. With Adam, whatever moves a category's
     tokens all alike (decline more, decline less) soon outweighs the rest: they grow in
     one common direction and learn to tell requests apart late. Muon makes its step,
-    (M, D), orthogonal: M directions of about the same length. `unit` is that of the
-    learning rate; `train_epoch` sets lr from a group's "rate".
+    (M, D), orthogonal: M directions of about the same length. `std` is that of the
+    embeddings, the unit of the learning rate.
     """
-    trained = [vectors for vectors in tokens.parameters() if vectors.requires_grad]
-    rate = config.learning_rate * unit
+    rate = config.learning_rate * std
     if config.optimizer == "adam":
-        return torch.optim.Adam([{"params": trained, "rate": rate}])
-    rate *= trained[0].shape[1] ** 0.5  # then its entries are as large as Adam's
-    groups = [{"params": trained, "rate": rate}]
-    return torch.optim.Muon(groups, weight_decay=0, momentum=0.9)
+        return torch.optim.Adam(tokens.parameters(), rate)
+    rate *= tokens.vectors[0].shape[1] ** 0.5  # then its entries are as large as Adam's
+    return torch.optim.Muon(tokens.parameters(), rate, weight_decay=0, momentum=0.9)
 
 
 def train_epoch(
     model: Model, tokens: ControlTokens, references: Sequence[Reference],
-    refusal: Sequence[int], optimizer: torch.optim.Optimizer, config: TrainConfig,
-    epoch: int,
+    refusal: list[int], optimizer: Optimizer, config: TrainConfig, epoch: int,
 ) -> dict[str, float]:
     """One pass over the sampled tasks; returns the means of what `train` logs."""
     rng = random.Random(f"{config.seed}, epoch {epoch}")  # its own, to resume after it
-    sampler = OrderSampler(
-        references, tokens.categories, tokens.trainable, config.positives_per_subset,
-        config.negatives_per_positive, rng,
-    )
+    budget = config.positives_per_subset, config.negatives_per_positive
+    source = OrderSampler(references, tokens.categories, tokens.trainable, *budget, rng)
     orders = config.orders or range(1, min(len(tokens.categories), 4) + 1)
-    batches, seen = sampler.epoch(orders, config.batch_size), []
+    batches, seen = source.epoch(orders, config.batch_size), []
     for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
         progress = (epoch + i / len(batches)) / config.epochs
         rows = task_rows(tokens, tasks, refusal, rng)
@@ -945,8 +920,8 @@ def train_epoch(
         l_ref, l_lm, l_kd = logged[:3]
         loss = l_ref + l_lm + config.kd_weight * l_kd
         # Differs from the paper, which names no schedule: a cosine to zero.
-        (group,) = optimizer.param_groups
-        group["lr"] = group["rate"] * (1 + math.cos(math.pi * progress)) / 2
+        rate = optimizer.defaults["lr"] * (1 + math.cos(math.pi * progress)) / 2
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1002,10 +977,9 @@ def train(
         history = state["history"]
         tqdm.write(f"taken up from {checkpoint}: {len(history)} epochs")
     for epoch in range(len(history), config.epochs):
-        history.append(train_epoch(
-            model, tokens, references, refusal, optimizer, config, epoch
-        ))
-        means = "   ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
+        last = train_epoch(model, tokens, references, refusal, optimizer, config, epoch)
+        history.append(last)
+        means = "   ".join(f"{name} {value:.3f}" for name, value in last.items())
         tqdm.write(f"epoch {epoch + 1}/{config.epochs}   {means}")
         if checkpoint:
             state = {"run": run, "history": history, "tokens": tokens.state_dict()}
@@ -1121,13 +1095,10 @@ def export_checkpoint(
     exported.save_pretrained(part)
     # As they came: save_pretrained refuses some settings that loading accepts.
     settings.to_json_file(f"{part}/generation_config.json")
-    chat, wanted = as_messages("Odds of 7/2?"), []
-    for i in prompt_ids(tokenizer, chat, place=True):
+    asked, wanted = "Odds of 7/2?", []
+    for i in prompt_ids(tokenizer, asked, place=True):
         wanted += ids if i == PLACE else [i]
-    read = AutoTokenizer.from_pretrained(part).apply_chat_template(
-        chat, policy=tokens.categories, add_generation_prompt=True,
-        enable_thinking=False, return_dict=True,
-    )
-    if read["input_ids"] != wanted:  # some tokenizers are read back as another class
-        raise ValueError(f"{part} makes other ids than training: {read['input_ids']}")
+    read = template_ids(AutoTokenizer.from_pretrained(part), asked, tokens.categories)
+    if read != wanted:  # some tokenizers are read back as another class
+        raise ValueError(f"{part} makes other ids than training: {read}")
     os.replace(part, folder)

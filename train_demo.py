@@ -173,7 +173,7 @@ def show_answers(model, tokenizer, tokens, requests) -> list[tuple[str, str, str
         prompt, other = prompts[category], every[every.index(category) - 1]
         policies = [], [category], [other], every
         said = generate(model, tokenizer, tokens, [prompt] * 4, policies, SHOWN_TOKENS)
-        title = f"{category}: {mosaic.last_words(prompt)}"
+        title = f"{category}: {mosaic.user_words(prompt)[-1]}"
         print(f"\n{title}")
         for name, answer in zip(("none", category, other, "all"), said):
             print(f"{name:>12} | {' '.join(answer.split())}")

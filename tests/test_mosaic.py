@@ -614,7 +614,7 @@ def test_what_the_backbone_declines_itself_is_counted_and_left_out(
     def answers(*arguments):
         return [
             dataclasses.replace(r, text="No way.")
-            if mosaic.last_words(r.prompt) in declined else r
+            if mosaic.user_words(r.prompt)[-1] in declined else r
             for r in real(*arguments)
         ]
 

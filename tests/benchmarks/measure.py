@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from mosaic import (
     NEUTRAL, ControlTokens, Model, Policy, Prompt, Reference, Row, Tokenizer,
-    answer_logits, control_row, counterfactual_kd, last_words, share,
+    answer_logits, control_row, counterfactual_kd, share, user_words,
 )
 
 
@@ -119,7 +119,7 @@ def model_judge(model: Model, tokenizer: Tokenizer) -> Callable[[Prompt, str], b
     """A judge that asks a chat model JUDGE_QUESTION: is this answer a refusal?"""
 
     def judge(prompt: Prompt, answer: str) -> bool:
-        asked = JUDGE_QUESTION.format(last_words(prompt), answer)
+        asked = JUDGE_QUESTION.format(user_words(prompt)[-1], answer)
         return choose(model, tokenizer, asked, ["Yes", "No"]) == 1
 
     return judge

@@ -379,7 +379,8 @@ class Job:
             then = time.time()
             cosine = (1 + math.cos(math.pi * self.progress)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * cosine
+                own = group.get("rate", optimizer.defaults["lr"])
+                group["lr"] = own * cosine
             optimizer.zero_grad()
             if self.behind:
                 self.behind.write()
