@@ -133,7 +133,9 @@ def check_backbone(model: Model) -> None:
         raise ValueError("no backbone here: it reads ids, not embeddings alone")
     if config.model_type in ("rwkv", "recurrent_gemma"):
         raise ValueError("no backbone here: it reads padding")
-    if any("lora_" in n or "prompt_encoder" in n for n, _ in model.named_parameters()):
+    names = [type(part).__module__ for part in model.modules()]
+    names += [name for name, _ in model.named_parameters()]
+    if any(name.startswith("peft.") or "lora_" in name for name in names):
         raise ValueError("it carries an adapter: take model.merge_and_unload()")
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError("it is offloaded: load the whole model on one device")
@@ -347,7 +349,7 @@ POLICY_TEMPLATE = """\
         {%- if mosaic.words is not string -%}{#- but parts, as some servers do -#}
             {%- set mosaic.words = mosaic.words | map(attribute="text") | join -%}
         {%- endif -%}
-        {#- What is typed like a control token is broken up: it stays text. -#}
+        {#- What is said like a control token is broken up: it stays text. -#}
         {%- for name in control_tokens -%}
             {%- set typed = "<|" ~ name ~ ":" -%}
             {%- set mosaic.words = mosaic.words | replace(typed, "< |" ~ name ~ ":") -%}
@@ -360,40 +362,50 @@ POLICY_TEMPLATE = """\
     {%- endif -%}
     {%- set mosaic.messages = mosaic.messages + [message] -%}
 {%- endfor -%}
-{%- set messages = mosaic.messages +%}"""
+{%- set messages = mosaic.messages %}
+"""
 
 
 def with_policies(tokenizer: Tokenizer, names: dict[str, Sequence[str]]) -> Tokenizer:
     """A copy of the tokenizer whose chat template takes a `policy`.
 
     `names`: for each category what its control tokens are called, <|category:...|>.
+    ValueError: it takes one already.
     """
     made = copy.deepcopy(tokenizer)
-    made.chat_template = made.chat_template or PLAIN_TEMPLATE
+    made.chat_template = own = made.chat_template or PLAIN_TEMPLATE
+    if "MOSAIC" in str(own):
+        raise ValueError("an exported checkpoint: take the backbone it was made of")
     # Some templates read content as a list of parts and drop strings.
     shown = made.apply_chat_template(as_messages(MARK), tokenize=False)
     parts = '[{"type": "text", "text": mosaic.words}]'
     content = "mosaic.words" if MARK in shown else parts
-    joined = {category: "".join(own) for category, own in names.items()}
+    joined = {category: "".join(tokens) for category, tokens in names.items()}
     head = POLICY_TEMPLATE.replace("CONTENT", content)
     head = head.replace("CONTROL_TOKENS", json.dumps(joined, ensure_ascii=False))
-    made.chat_template = head + made.get_chat_template()
+    named = own if isinstance(own, dict) else {"default": own}  # also: tool_use, rag
+    made.chat_template = {name: head + template for name, template in named.items()}
     made.add_tokens([*itertools.chain(*names.values())], special_tokens=True)
     return made
 
 
 @functools.lru_cache(maxsize=4)
-def with_mark(tokenizer: Tokenizer, template: str) -> Tokenizer:
+def kept_with_mark(tokenizer: Tokenizer, state: str) -> Tokenizer:
+    return with_policies(tokenizer, {"mosaic": [MARK]})
+
+
+def with_mark(tokenizer: Tokenizer) -> Tokenizer:
     """The same for a policy of which only the place is wanted, at MARK.
 
-    `template`: its repr, so that a tokenizer whose template is changed is made anew.
+    Made once, and anew when the tokenizer's template or tokens have changed.
     """
-    return with_policies(tokenizer, {"mosaic": [MARK]})
+    state = tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map
+    return kept_with_mark(tokenizer, repr(state))
 
 
 def render(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """A whole chat as the backbone's template writes it, up to its last message."""
-    marked = with_mark(tokenizer, repr(tokenizer.chat_template))
+    marked = with_mark(tokenizer)
     return marked.apply_chat_template(as_messages(prompt), tokenize=False)
 
 
@@ -416,11 +428,11 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: bool = False) -> lis
     An exported checkpoint has the same ids, since it has the same template. ValueError:
     the backbone's template drops the user's words, or repeats them.
     """
-    marked = with_mark(tokenizer, repr(tokenizer.chat_template))
+    marked = with_mark(tokenizer)
     ids = template_ids(marked, prompt, ["mosaic"] if place else [])
     mark = marked.convert_tokens_to_ids(MARK)
     if place and ids.count(mark) != len(user_words(prompt)):
-        raise ValueError(f"the chat template drops or repeats what is said: {prompt!r}")
+        raise ValueError(f"the chat template drops or repeats words: {prompt!r:.80}")
     return [PLACE if i == mark else i for i in ids]
 
 
@@ -545,10 +557,13 @@ def generate(
     """Greedy answers, one policy per prompt; a prompt is a string or chat messages.
 
     Without policies the bare backbone answers, and `tokens` may be None. `options` are
-    those of `generate_ids`. ValueError: an unknown category, not one policy per prompt.
+    those of `generate_ids`. ValueError: an unknown category, not one policy per prompt,
+    a table of another backbone.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list; put a single one in [ ]")
+    if tokens is not None:
+        tokens.check(model)
     policies = [()] * len(prompts) if policies is None else policies
     pairs = zip(prompts, policies, strict=True)
     rows = [control_row(tokenizer, tokens, s, p) for p, s in pairs]
@@ -830,13 +845,18 @@ def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
     ValueError: nothing is known to end an answer.
     """
     turns = [*as_messages("?"), {"role": "assistant", "content": refusal}]
-    after = render(tokenizer, turns).rpartition(refusal)[2]
+    before, _, after = render(tokenizer, turns).rpartition(refusal)
     ends = end_ids(model, tokenizer)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     ending = [i for i in (*ids, tokenizer.eos_token_id, *ends) if i in ends]
     if not ending:
         raise ValueError("nothing ends an answer: set tokenizer.eos_token")
-    return [*tokenizer(refusal, add_special_tokens=False)["input_ids"], ending[0]]
+    # As the template has it in a chat: behind other text words may begin otherwise.
+    start = prompt_ids(tokenizer, "?")
+    whole = tokenizer(before + refusal, add_special_tokens=False)["input_ids"]
+    if whole[: len(start)] != start:  # it does not keep all that an answer begins with
+        whole = [*start, *tokenizer(refusal, add_special_tokens=False)["input_ids"]]
+    return [*whole[len(start) :], ending[0]]
 
 
 def task_rows(
@@ -1056,7 +1076,7 @@ def with_vectors(model: Model, tokens: ControlTokens, ids: Sequence[int]) -> Mod
     for module, rows in ((embed, vectors), (head, unsaid)):
         more = max(0, max(ids) + 1 - len(module.weight))  # there may be spare rows
         for name, weight in module.named_parameters():  # (V, D), and a bias (V,)
-            wide = torch.cat([weight, weight.new_zeros(more, *weight.shape[1:])])
+            wide = torch.cat([weight, *[weight.mean(0, keepdim=True)] * more])
             wide[ids] = rows.to(wide) if weight.ndim == 2 else weight.mean()
             setattr(module, name, nn.Parameter(wide))
     model.config.get_text_config().vocab_size = len(head.weight)
@@ -1083,6 +1103,8 @@ def export_checkpoint(
     every = [*itertools.chain(*names.values())]
     if os.path.exists(folder) or {*every} & {*tokenizer.get_vocab()}:
         raise ValueError(f"{folder} exists, or the tokenizer has such tokens already")
+    if any("_orig_mod." in name for name, _ in model.named_parameters()):
+        raise ValueError("parts of the model are compiled: export the plain one")
     tokens.check(model)
     exported = with_policies(tokenizer, names)
     ids = exported.convert_tokens_to_ids(every)

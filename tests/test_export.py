@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import CATEGORIES, FAMILIES, ROOT, read, tiny_model
+from conftest import CATEGORIES, EMBEDDED, FAMILIES, ROOT, read, tiny_model
 from jinja2 import TemplateError
 from test_families import TEMPLATES, filled, tokenizer_like, turns
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,6 +28,12 @@ def reloaded(folder):
     )
     assert not any(loading.values())
     return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def plain(reader):
+    """The tokenizer of an exported checkpoint with the backbone's own template."""
+    reader.chat_template = AutoTokenizer.from_pretrained(EMBEDDED).chat_template
+    return reader
 
 
 def templated(tokenizer, chat, policy):
@@ -113,6 +119,31 @@ def test_control_tokens_get_the_mean_logit_from_the_head(family, tokenizer, out)
     own, control = logits[..., : len(tokenizer)], logits[..., ids]
     torch.testing.assert_close(control, own.mean(-1, keepdim=True).expand_as(control))
     assert own.amax(-1).min() > control.max() + 1
+
+
+def test_tokens_that_the_model_has_no_rows_for_are_not_said_after_the_export(out):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    model = tiny_model("phi", tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    torch.nn.init.constant_(model.get_output_embeddings().bias, -1000.0)
+    tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    exported, reader = reloaded(out)
+    own, theirs = (mosaic.generate(*pair, None, ["Odds?"], max_new_tokens=8)
+                   for pair in ((model, tokenizer), (exported, plain(reader))))
+    assert own == theirs and own != [""]
+
+
+def test_named_templates_all_take_a_policy(model, tokens, out):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    own = tokenizer.chat_template
+    tokenizer.chat_template = {"default": own, "tool_use": "{{ tools | length }}" + own}
+    mosaic.export_checkpoint(model, tokenizer, tokens, out)
+    _, reader = reloaded(out)
+    tool = {"type": "function", "function": {"name": "odds", "parameters": {}}}
+    texts = [reader.apply_chat_template(CHAT, policy=["sex"], tokenize=False, tools=t)
+             for t in (None, [tool])]
+    assert texts[1] == "1" + texts[0] and "<|sex:0|>" in texts[0]
 
 
 def test_spare_rows_of_a_padded_vocabulary_are_used_and_none_is_taken_away(
@@ -215,6 +246,15 @@ def test_an_export_that_reads_back_otherwise_is_refused(tokenizer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_of_a_model_with_compiled_parts_is_refused(
+    model, tokenizer, tokens, tmp_path
+):
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    with pytest.raises(ValueError, match="parts of the model are compiled"):
+        mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_takes_no_folder_that_exists(model, tokenizer, tokens, tmp_path):
     with pytest.raises(ValueError, match="exists, or"):
         mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path)
@@ -232,6 +272,8 @@ def test_an_export_is_not_exported_again_and_leaves_nothing_behind(
     exported, reader = reloaded(tmp_path / "out")
     with pytest.raises(ValueError, match="has such tokens already"):
         mosaic.export_checkpoint(exported, reader, tokens, tmp_path / "again")
+    with pytest.raises(ValueError, match="take the backbone it was made of"):
+        mosaic.prompt_ids(reader, "Odds?", True)
 
 
 # --- The chat template ----------------------------------------------------------------

@@ -95,7 +95,9 @@ def test_a_model_that_embeds_elsewhere_is_refused_with_a_way_out(model, tokenize
         ControlTokens.for_model(model, tokenizer, CATEGORIES)
 
 
-@pytest.mark.parametrize("kind", ["lora", "prompt tuning", "wrapped", "offloaded"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "ia3", "prompt tuning", "wrapped", "offloaded"]
+)
 def test_a_model_with_an_adapter_or_not_whole_is_refused_everywhere(
     kind, model, tokenizer, tokens, tmp_path
 ):
@@ -106,7 +108,10 @@ def test_a_model_with_an_adapter_or_not_whole_is_refused_everywhere(
     else:
         peft = pytest.importorskip("peft", reason="peft is not installed")
         config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-        if kind == "prompt tuning":
+        if kind == "ia3":
+            config = peft.IA3Config("CAUSAL_LM", target_modules=["q_proj"],
+                                    feedforward_modules=[])
+        elif kind == "prompt tuning":
             config = peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2)
         model = peft.get_peft_model(model, config)
     said = r"carries an adapter: take model\.merge_and_unload\(\)"
@@ -223,6 +228,12 @@ TEMPLATES = {  # template, how often has it BOS, the text around a user's words
         0,
         "\n<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>  ",
     ),
+    "blanks before a block": (  # which jinja leaves out at a line's start
+        "  {% for m in messages %}" + TURN + "{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|sep|>{% endif %}",
+        0,
+        "<|head|>user<|sep|>{}<|eot|><|head|>assistant<|sep|>",
+    ),
     "none": (None, 1, "<|begin|>user: {}\n\nassistant:"),
 }
 
@@ -317,7 +328,7 @@ def test_a_chat_under_one_policy_only_grows_so_that_an_engine_keeps_its_cache():
 def test_a_template_that_drops_or_repeats_the_users_words_is_refused(template):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="drops or repeats what is said: .*Odds"):
+    with pytest.raises(ValueError, match="drops or repeats words: .*Odds"):
         mosaic.prompt_ids(tokenizer, "Odds?", place=True)
 
 
@@ -328,9 +339,23 @@ def test_a_refusal_ends_as_the_template_ends_a_turn(manner):
     eot = tokenizer.convert_tokens_to_ids("<|eot|>")
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, eot]
     ids = mosaic.refusal_ids(model, tokenizer, "I can't.")
-    assert tokenizer.decode(ids[:-1]) == "I can't."
+    assert tokenizer.decode(ids[:-1]).strip() == "I can't."
     expected = tokenizer.eos_token_id if manner in ("mistral", "none") else eot
     assert ids[-1] == expected
+
+
+def test_a_refusal_is_the_ids_that_the_template_gives_it_in_a_chat():
+    said = {}
+    for manner in ("none", "qwen 2.5"):  # one writes a blank before an answer
+        tokenizer = tokenizer_like(manner)
+        model = tiny_model("llama", tokenizer)
+        ids = mosaic.refusal_ids(model, tokenizer, "I can't.")
+        asked = mosaic.prompt_ids(tokenizer, "?")
+        chat = turns("?", "I can't.") + turns("?")
+        whole = mosaic.prompt_ids(tokenizer, chat)
+        assert whole[: len(asked + ids) - 1] == asked + ids[:-1]
+        said[manner] = tokenizer.convert_ids_to_tokens(ids[0])
+    assert said == {"none": "\u0120I", "qwen 2.5": "I"}
 
 
 # --- Tokenizers -----------------------------------------------------------------------
@@ -386,6 +411,22 @@ def test_a_template_that_is_changed_is_read_anew():
     before = mosaic.prompt_ids(tokenizer, "Odds?")
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert mosaic.prompt_ids(tokenizer, "Odds?") == before[2:-2]
+
+
+def test_a_tokenizer_that_is_changed_is_read_anew():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    assert len(mosaic.prompt_ids(tokenizer, "<|new|>")) > 5
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    new = tokenizer.convert_tokens_to_ids("<|new|>")
+    assert mosaic.prompt_ids(tokenizer, "<|new|>", True)[2:4] == [PLACE, new]
+
+
+def test_a_refusal_behind_other_text_is_split_as_the_template_splits_it():
+    tokenizer = letters_tokenizer("always")  # a blank before words that come first
+    ids = mosaic.refusal_ids(tiny_model("llama", tokenizer), tokenizer, "No.")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["N", "o", ".", "</s>"]
+    alone = tokenizer("No.", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(alone) == ["\u2581", "N", "o", "."]
 
 
 def test_the_mark_that_finds_the_place_leaves_the_tokenizer_as_it_was(tokenizer):

@@ -11,6 +11,7 @@ import runpy
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -394,6 +395,16 @@ def test_settings_that_a_checkpoint_brings_change_no_answer(
         backbone.generation_config = own
 
 
+def test_while_it_answers_other_threads_find_the_models_own_settings(model, tokenizer):
+    own, seen = model.generation_config, []
+    look = SimpleNamespace(
+        put=lambda ids: seen.append(model.generation_config is own), end=list
+    )
+    row = Row(mosaic.prompt_ids(tokenizer, ASKED[0]))
+    mosaic.generate_ids(model, tokenizer, [row], 3, streamer=look)
+    assert seen and all(seen)
+
+
 def test_answers_end_where_the_tokenizer_or_the_checkpoint_says(model, tokenizer):
     for said, more in ((None, set()), (7, {7}), ([7, 9], {7, 9})):
         model.generation_config.eos_token_id = said
@@ -426,6 +437,12 @@ def test_generate_needs_a_list_and_a_policy_for_every_prompt(model, tokenizer, t
         mosaic.generate(model, tokenizer, tokens, ASKED, [()])
     with pytest.raises(ValueError, match="must be a list"):
         mosaic.generate(model, tokenizer, tokens, ASKED[0])
+
+
+def test_generate_takes_no_table_of_another_backbone(tokenizer, tokens):
+    other = tiny_model("llama", tokenizer, seed=1)
+    with pytest.raises(ValueError, match="the table was made for"):
+        mosaic.generate(other, tokenizer, tokens, ASKED)
 
 
 # --- 5. The objective -----------------------------------------------------------------
