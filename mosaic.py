@@ -240,7 +240,7 @@ class ControlTokens(nn.Module):
         distinct = names and len({*names} - {"", NEUTRAL}) == len(names)
         if m < 1 or not distinct or isinstance(categories, str):
             what = f"cannot make {m} tokens for each of {categories!r}"
-            raise ValueError(f"{what}: M above 0, a list of distinct names")
+            raise ValueError(f"{what}: M above 0, a list of distinct new names")
         self.check(model)
         self.to(model.device)  # a table read from disk is on the CPU
         embed, std = model.get_input_embeddings(), embedding_std(model, tokenizer)
@@ -808,6 +808,14 @@ def reference_answers(
     ]
 
 
+def later_turn(before: Reference, request: Request) -> Request:
+    """A request in a chat, after another one and its answer."""
+    answer = {"role": "assistant", "content": before.text}
+    words = [m for m in as_messages(request.prompt) if m["role"] != "system"]
+    chat = [*as_messages(before.prompt), answer, *words]
+    return Request(chat, request.category, request.split, request.near)
+
+
 def training_references(
     model: Model, tokenizer: Tokenizer, requests: Sequence[Request],
     config: TrainConfig, refusal: str = REFUSAL,
@@ -827,15 +835,9 @@ def training_references(
     if declined := len(learn) - len(alone):
         many = f"{declined} of {len(learn)} training requests"
         tqdm.write(f"the backbone declines {many} by itself: left out")
-    later = []
-    for request in rng.sample(alone, round(config.later_turns * len(alone))):
-        # After any request and its answer: a policy may be switched on in mid-chat.
-        before = rng.choice(alone)
-        answer = {"role": "assistant", "content": before.text}
-        words = [m for m in as_messages(request.prompt) if m["role"] != "system"]
-        chat = [*as_messages(before.prompt), answer, *words]
-        later.append(Request(chat, request.category, request.split, request.near))
-    return alone + answered(later)
+    some = rng.sample(alone, round(config.later_turns * len(alone)))
+    # After any request and its answer: a policy may be switched on in mid-chat.
+    return alone + answered([later_turn(rng.choice(alone), q) for q in some])
 
 
 def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
@@ -1110,7 +1112,7 @@ def export_checkpoint(
     ids = exported.convert_tokens_to_ids(every)
     settings = copy.deepcopy(model.generation_config)
     settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]
-    served, part = with_vectors(model, tokens, ids), f"{folder}.part"
+    served, part = with_vectors(model, tokens, ids), f"{folder}.mosaic-part"
     served.generation_config = GenerationConfig()
     shutil.rmtree(part, ignore_errors=True)  # what a killed run may have left
     served.save_pretrained(part)

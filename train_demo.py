@@ -35,9 +35,8 @@ ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
 # What real models want, and the rate for Qwen: see tests/benchmarks/results/real.md.
 CUDA_DEFAULTS = {"batch_size": 64, "epochs": 32, "tokens_per_category": 20}
 QWEN_RATE = 2.0
-JUDGED_TOKENS = 16  # of an answer: whether it declines shows early
-SHOWN_TOKENS = 64
-TALK_TOKENS = 256
+# Of an answer; whether it declines shows early.
+JUDGED_TOKENS, SHOWN_TOKENS, TALK_TOKENS = 16, 64, 256
 TITLES = {"instruction": "written instruction", "orders": "MOSAIC"}
 
 
@@ -65,8 +64,8 @@ def main() -> None:
     refusal = tokens.made_for["refusal"]
     asked = [q for q, own in zip(test, untouched) if not is_refusal(own.text, refusal)]
     declined = {"requests": len(test) - len(asked), "of": len(test)}
-    print("the backbone declines {requests} of {of} test requests by itself: left out "
-          "of all figures\n".format(**declined))
+    print(f"the backbone declines {declined['requests']} of {len(test)} test requests "
+          "by itself: left out of all figures\n")
 
     # Train: the tokens alone, against the backbone's own answers.
     if tokens.trainable:
@@ -85,11 +84,11 @@ def main() -> None:
     results = {"model": name, "settings": vars(flags) | asdict(config),
                "backbone_declines": declined, **figures}
     write_results(folder, results, shown)
-    if tokens.trainable:
-        (folder / "training.pt").unlink()
     if flags.export:
         mosaic.export_checkpoint(model, tokenizer, tokens, flags.export)
         print(f"exported to {flags.export}")
+    if tokens.trainable:
+        (folder / "training.pt").unlink()
 
 
 # --- Its parts ------------------------------------------------------------------------
@@ -104,10 +103,9 @@ def say_what_learns(requests, tokens: ControlTokens, model, where: str) -> None:
     numbers = sum(v.numel() for v in tokens.parameters() if v.requires_grad)
     print(f"trained: {numbers:,} numbers, {len(tokens.vectors[0])} control tokens for "
           f"each of {', '.join(tokens.trainable)}" if numbers else "trained: nothing")
-    kept = ", ".join(name for name in tokens.categories if name not in tokens.trainable)
-    kept = f"the tokens of {kept}; " if kept else ""
+    kept = [f"{c}'s tokens, " for c in tokens.categories if c not in tokens.trainable]
     weights = sum(weight.numel() for weight in model.parameters())
-    print(f"frozen:  {kept}{weights:,} weights of {where}")
+    print(f"frozen:  {''.join(kept)}{weights:,} weights of {where}")
 
 
 def instruct(prompt, policy, summaries: dict[str, str], tokenizer) -> list[dict]:
@@ -177,8 +175,7 @@ def show_answers(model, tokenizer, tokens, requests) -> list[tuple[str, str, str
         print(f"\n{title}")
         for name, answer in zip(("none", category, other, "all"), said):
             print(f"{name:>12} | {' '.join(answer.split())}")
-            shown.append((title, name, answer))
-            title = ""  # the report has it once
+            shown.append((title if name == "none" else "", name, answer))
     return shown
 
 
@@ -214,18 +211,17 @@ def chat(path: str, model, tokenizer) -> None:
         import readline  # noqa: F401  arrow keys edit the line
     tokens, active, turns = ControlTokens.load(path, model), set(), []
     known = tokens.categories
-    usage = f"/on X, /off X (X of {', '.join(known)}), /policy, /reset, /quit"
+    usage = f"/on X, /off X (X of {', '.join(known)}), /reset, /quit"
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     print(usage)
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C: good-bye
         while True:
             policy = [name for name in known if name in active]
-            said = input(f"[{', '.join(policy) or 'no policy'}] > ").strip()
+            said = input(f"[{', '.join(policy) or 'no policy'}] > ")
+            said = said.encode(errors="replace").decode().strip()  # it may be no UTF-8
             command, _, name = said.partition(" ")
             if command in ("/on", "/off") and name in known:
                 active = active | {name} if command == "/on" else active - {name}
-            elif said == "/policy":
-                print(f"declined: {', '.join(policy) or 'nothing'}; {usage}")
             elif said == "/reset":
                 turns = []
             elif said == "/quit":
@@ -233,12 +229,13 @@ def chat(path: str, model, tokenizer) -> None:
             elif said.startswith("/"):
                 print(f"{said}? {usage}")
             elif said:
-                turns.append({"role": "user", "content": said})
-                while turns and not fits(model, tokenizer, tokens, turns, TALK_TOKENS):
-                    turns = turns[2:]  # the oldest exchange
-                if not turns:
+                asked = [*turns, {"role": "user", "content": said}]
+                while asked and not fits(model, tokenizer, tokens, asked, TALK_TOKENS):
+                    asked = asked[2:]  # the oldest exchange
+                if not asked:
                     print("too long for the model")
                     continue
+                turns = asked
                 (answer,) = generate(model, tokenizer, tokens, [turns], [policy],
                                      TALK_TOKENS, streamer=streamer)
                 turns.append({"role": "assistant", "content": answer})
@@ -320,6 +317,7 @@ def load_tokens(flags, model, tokenizer, requests) -> ControlTokens:
         tokens = ControlTokens.load(flags.tokens, model)
         tokens.freeze(tokens.categories)
         tokens.add(model, tokenizer, flags.add, requests=learn, seed=flags.seed)
+        flags.tokens_per_category = len(tokens.vectors[0])
         return tokens
     found = [c for c in dict.fromkeys(q.category for q in learn) if c != NEUTRAL]
     refuse(not found, f"{flags.data}: no request to learn from; it takes some with "
@@ -336,10 +334,13 @@ def check_fit(flags, config, model, tokenizer, tokens, requests) -> None:
            f"{flags.data}: no request has split 'test'; take more rows")
     for q in requests:
         try:
-            refuse(q.category not in known, f"unknown category {q.category!r}; known "
-                   f"here are {', '.join(known)}")
-            refuse(not fits(model, tokenizer, tokens, q.prompt, answer),
-                   "too long for the model, with all tokens and an answer")
+            refuse({q.category, q.near or NEUTRAL} - {*known},
+                   f"unknown category {q.near or q.category!r}: no training request; "
+                   f"known here are {', '.join(known)}")
+            chat = mosaic.later_turn(mosaic.Reference(**vars(q), text="Yes."), q)
+            prompt = chat.prompt if config.later_turns else q.prompt
+            refuse(not fits(model, tokenizer, tokens, prompt, answer), "too long for "
+                   "the model, with tokens and answers; --later_turns 0 needs less")
         except (ValueError, TemplateError) as error:  # a role that the template lacks
             raise ValueError(f"{flags.data}, {q.prompt!r:.60}: {error}") from error
 
@@ -384,8 +385,8 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
             parser.set_defaults(learning_rate=QWEN_RATE)
     flags = parser.parse_args()
     refuse(flags.add and not flags.tokens, "--add grows a saved table: give --tokens")
-    taken = os.path.exists(flags.export) or Path(flags.export) == Path(flags.output)
-    refuse(flags.export and taken,
+    output, export = Path(flags.output).resolve(), Path(flags.export).resolve()
+    refuse(flags.export and (export.exists() or output.is_relative_to(export)),
            f"--export {flags.export} exists already; name a folder that does not")
     knobs = {knob.name: getattr(flags, knob.name) for knob in fields(TrainConfig)}
     return flags, TrainConfig(**knobs)  # ValueError: out of range
@@ -407,12 +408,12 @@ def run() -> None:
     sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TemplateError) as error:
         stop(error)
     except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):
+        if not re.search("out of memory|allocate memory|inline_container", str(error)):
             raise
-        stop(f"{error!s:.80}: take a smaller --batch_size or --model")
+        stop(f"{error!s:.80}: take a smaller --batch_size or --model, or free the disk")
     except KeyboardInterrupt:
         stop("stopped; the same command goes on after the last whole epoch")
 

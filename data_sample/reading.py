@@ -23,7 +23,7 @@ SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation",
                **{split: split for split in SPLITS}}
 ROLES = "system", "user", "assistant"
 FORM = '{"request": "...", "category": "...", "split": "train"}'
-LISTED = r"""\[\s*{\s*["'](role|content)["']"""  # messages that were saved as text
+LISTED = r"""\s*\[?\s*{\s*["'](role|content|from|value)["']"""  # saved as text
 
 
 def refuse(wrong: object, message: str) -> None:
@@ -139,7 +139,8 @@ def text_of(prompt: str | list[dict[str, str]]) -> str:
 
 def spelling(category: str) -> str:
     """What two spellings of one category have in common."""
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", category)).casefold()
+    seen = "".join(c for c in category if unicodedata.category(c) != "Cf")
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", seen)).casefold()
 
 
 # --- From files to rows ---------------------------------------------------------------
@@ -154,7 +155,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
         refuse(ending not in kinds,
                f"{path}: unknown kind of file; known are {', '.join(kinds)}")
         return kinds[ending](path)
-    is_hub = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]+(:.+)?", path)
+    is_hub = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]+(:[^/].*)?", path)
     is_local = os.path.isdir(name) or re.search(r"\.[A-Za-z]{2,7}$", name)
     refuse(is_local or not is_hub,
            f"{path}: no such file; name one (no folder), or a dataset of the hub")
@@ -202,7 +203,8 @@ def csv_rows(path: str) -> Iterator[tuple[str, dict]]:
     """Rows of words between commas, semicolons (as Excel in Europe writes) or tabs."""
     lines, columns, start = [*read_lines(path)], [], 1
     marks = "\t" if path.lower().endswith(".tsv") else ",;\t"
-    mark = next((mark for mark in marks if mark in "".join(lines[:1])), marks[0])
+    mark = max(marks, key="".join(lines[:1]).count)
+    csv.field_size_limit(2**31 - 1)  # else a long cell is an error
     rows = csv.reader(lines, delimiter=mark, strict=True, skipinitialspace=True)
     try:
         for cells in rows:
@@ -211,6 +213,8 @@ def csv_rows(path: str) -> Iterator[tuple[str, dict]]:
                 columns = [name.strip() for name in cells]
                 once([*zip(columns, cells)], f"{here}: column ")
             elif any(cells):
+                refuse([*map(str.strip, cells)] == columns,
+                       f"{here}: the header again; take it out")
                 refuse(len(cells) != len(columns),
                        f"{here}: {len(cells)} cells, but {len(columns)} columns; put "
                        f'"quotes" around a cell with {mark!r} in it')

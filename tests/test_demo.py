@@ -135,10 +135,13 @@ def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, tiny):
         done = call("--model", tiny, "--data", "more.jsonl", "--device", "cpu",
                     "--tokens", TABLE, "--add", "horror", "--output", "grown",
                     "--epochs", 1, "--positives_per_subset", 2, "--orders", 1,
-                    "--answer_tokens", 4, "--export", "served")
+                    "--answer_tokens", 4, "--export", "served",
+                    "--tokens_per_category", 9)
     assert done.code == 0, done.err
+    noted = json.loads((folder / "grown/results.json").read_text())["settings"]
+    assert noted["tokens_per_category"] == 5  # the table's own
     assert "trained: 160 numbers, 5 control tokens for each of horror\n" in done.out
-    assert "frozen:  the tokens of alcohol, betting; " in done.out
+    assert "frozen:  alcohol's tokens, betting's tokens, " in done.out
     old, new = load_file(folder / TABLE), load_file(folder / "grown/tokens.safetensors")
     assert set(new) == {*old, "horror"}
     assert all(torch.equal(old[name], new[name]) for name in old)
@@ -208,17 +211,19 @@ def test_answers_are_shown_for_categories_of_any_name(backbone, tokenizer, monke
     ]
 
 
-def test_a_trained_table_outlives_an_evaluation_that_fails(run, tiny, tmp_path):
+@pytest.mark.parametrize("part", ["evaluate", "mosaic.export_checkpoint"])
+def test_a_training_outlives_what_fails_behind_it(part, run, tiny, tmp_path):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(tmp_path):
-        patch.setattr(train_demo, "evaluate", fail)
+        patch.setattr(f"train_demo.{part}", fail)
         done = call("--model", tiny, "--data", run[2] / "few.jsonl", "--device", "cpu",
-                    "--epochs", 1, "--positives_per_subset", 2, "--answer_tokens", 2)
+                    "--epochs", 1, "--positives_per_subset", 2, "--answer_tokens", 2,
+                    "--export", "served")
     assert done.code == 2
-    kept = sorted(path.name for path in (tmp_path / "runs/demo").iterdir())
-    assert kept == ["tokens.safetensors", "training.pt"]
+    kept = {path.name for path in (tmp_path / "runs/demo").iterdir()}
+    assert kept >= {"tokens.safetensors", "training.pt"}
 
 
 @pytest.mark.slow
@@ -314,16 +319,14 @@ def talk(backbone, tokenizer, tmp_path, monkeypatch, capsys):
 
 def test_a_chat_switches_its_policy_at_any_turn(talk):
     said, seen = talk(
-        "/policy", "Hi", "/on betting", "Hm", "/on alcohol", "/policy", "/on golf",
+        "Hi", "/on betting", "Hm", "/on alcohol", "/on golf",
         "/why", "Ha", "/off betting", "Ho", "/quit", "never read",
         answer=lambda words: "Well.",
     )
     both = ["alcohol", "betting"]  # as the table has them
     assert [policy for _, policy in seen] == [[], ["betting"], both, ["alcohol"]]
-    told = re.findall(r"^declined: (.*);", said, re.M)
-    assert told == ["nothing", "alcohol, betting"]
     for line in ("/on golf", "/why"):
-        assert f"{line}? /on X, /off X (X of alcohol, betting), /policy" in said
+        assert f"{line}? /on X, /off X (X of alcohol, betting), /reset" in said
 
 
 def test_a_chat_keeps_its_history_until_reset_and_ends_when_interrupted(talk):
@@ -344,6 +347,13 @@ def test_a_chat_forgets_its_oldest_exchanges_where_there_is_no_more_room(talk):
     assert len(seen) == 3 and "too long for the model" in said
     turns = [turn.split()[0] for turn in seen[-1][0]]
     assert turns[-1] == "Then" and "Hi" not in turns and turns[0] != "Well."
+    said, seen = talk("Hi", "much " * 999, "And?", answer=lambda words: "Well.")
+    assert seen[-1][0] == ["Hi", "Well.", "And?"]  # one that is too long changes nothing
+
+
+def test_a_chat_takes_bytes_that_are_no_utf_8(talk):
+    said, seen = talk("\udcff?", answer=lambda words: "Well.")
+    assert seen[0][0] == ["??"]
 
 
 def test_a_chat_shows_the_answer_while_it_is_made(
@@ -377,6 +387,7 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--add golf", None, "--add grows a saved table: give --tokens"),
     ("--export .", None, "--export . exists already; name a folder that does not"),
     ("--export x/y --output x/y/", None, "--export x/y exists already"),
+    ("--export x --output x/y", None, "--export x exists already"),
     (DATA + "--output d.jsonl", GOOD, "File exists: 'd.jsonl'"),
     (DATA + "--output d.jsonl/deeper", GOOD, "Not a directory: 'd.jsonl/deeper'"),
     ("--tokens_per_category 0", None, "cannot make 0 tokens for each"),
@@ -404,8 +415,12 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     (DATA, ROW + NEUTRAL_ROW, "d.jsonl: no request has split 'test'"),
     (DATA, ROW + TEST.replace('"b"', '"e"'), "d.jsonl, 'c': unknown category 'e'"),
     (
+        DATA, GOOD + NEUTRAL_ROW.replace("}", ', "near": "no"}').replace("n", "m", 1),
+        "unknown category 'no'",
+    ),
+    (
         DATA, GOOD + ROW.replace('"a"', '"' + "word " * 9999 + '"'),
-        "too long for the model, with all tokens and an answer",
+        "too long for the model, with tokens and answers; --later_turns 0",
     ),
     # The summaries
     ("--summaries none.json", None, "No such file or directory: 'none.json'"),
@@ -473,6 +488,17 @@ def test_a_request_that_the_chat_template_refuses_is_named_with_its_words(
     done = call("--data", tmp_path / "d.jsonl", "--model", tmp_path, "--device", "cpu")
     assert done.code == 2 and "'content': 'a'}" in done.err
     assert done.err.endswith(": no system role\n")
+
+
+def test_a_template_of_a_single_turn_is_told_before_it_is_trained(tiny, tmp_path):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    own = (tiny / "chat_template.jinja").read_text()
+    single = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(single + own)
+    (tmp_path / "d.jsonl").write_text(GOOD, encoding="utf-8")
+    done = call("--data", tmp_path / "d.jsonl", "--model", tmp_path, "--device", "cpu")
+    assert done.code == 2 and done.err.endswith("'a': one turn\n")
 
 
 @pytest.mark.parametrize(

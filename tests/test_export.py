@@ -264,8 +264,9 @@ def test_an_export_takes_no_folder_that_exists(model, tokenizer, tokens, tmp_pat
 def test_an_export_is_not_exported_again_and_leaves_nothing_behind(
     model, tokenizer, tokens, tmp_path
 ):
-    (tmp_path / "out.part").mkdir()  # of a run that was killed
-    (tmp_path / "out.part" / "stale.json").write_text("{}")
+    left = tmp_path / "out.mosaic-part"  # of a run that was killed
+    left.mkdir()
+    (left / "stale.json").write_text("{}")
     mosaic.export_checkpoint(model, tokenizer, tokens, f"{tmp_path}/out/")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "stale.json").exists()

@@ -86,6 +86,7 @@ def table(mark, end="\n", start="", quoting=csv.QUOTE_MINIMAL):
         ("d.csv", table(",", "\r\n", "\ufeff")),  # Excel's "CSV UTF-8"
         ("d.csv", table(";", "\r\n")),  # Excel's in Europe
         ("d.csv", table("\t")),
+        ("d.csv", table(";").replace("notes", "notes (a, b)")),
         ("d.csv", table(",", "\r")),  # Excel's on old Macs
         ("d.csv", table(", ")),
         ("d.csv", table(",") + "\n,,,\n\n"),
@@ -102,6 +103,11 @@ def test_csv_cells_may_hold_marks_quotes_and_lines(give, name, text):
 
 def test_an_index_column_without_a_name_is_no_mistake(give):
     assert give("d.csv", ",request,category,\n0,a,b,\n1,c,b,\n")[1].prompt == "c"
+
+
+def test_a_cell_may_be_of_any_length(give):
+    (found,) = give("d.csv", f"request,category,notes\na,b,{'x' * 140_000}\n")
+    assert found.prompt == "a"
 
 
 def test_a_tsv_has_tabs_between_its_cells_whatever_its_header_says(give):
@@ -274,6 +280,7 @@ def test_a_hub_dataset_that_needs_a_config_lists_them_in_one_line(monkeypatch):
         ("a/b/c", "no such file"),
         ("C:\\data\\mine", "no such file"),
         ("data\\mine.csv", "no such file"),
+        ("https://a.example/mine", "no such file"),
         ("", "no such file"),
         ("folder", "folder: no such file; name one (no folder), or"),
         ("folder:config", "no such file"),
@@ -421,6 +428,8 @@ WRONG = [  # (file, its text, pattern of the line)
     ("d.csv", "request,category\na,3\n", ":2: category is '3'.* in words"),
     ("d.csv", "request,category\na,-1.0\n", ":2: category is '-1.0'.* in words"),
     ("d.csv", "messages,category\n\"[{'role': 'user'}]\",b\n", "which CSV cannot hold"),
+    ("d.csv", "request,category\n\" [{'from': 'human'}]\",b\n", "which CSV cannot hold"),
+    ("d.csv", "request,category\na,b\nrequest, category\n", ":3: the header again"),
     # JSON
     ("d.jsonl", "", "the file is empty"),
     ("d.jsonl", " \n\n", "the file is empty"),
@@ -476,6 +485,7 @@ WRONG = [  # (file, its text, pattern of the line)
     ),
     ("d.csv", "request,category\na,Wine\nb,wine\n", ":3: .*'wine', but 'Wine' in "),
     ("d.csv", "request,category\na,self-harm\nb,Self Harm\n", ":3: .*choose one"),
+    ("d.csv", "request,category\na,wine\nb,wine\u200b\n", ":3: .*choose one"),
     ("d.csv", "request,category\na,caf\u00e9\nb,cafe\u0301\n", ":3: .*choose one"),
     ("d.csv", "request,category,near\na,b,\nc,neutral,B\n", ":3: .*'B', but 'b'"),
     # messages

@@ -130,14 +130,9 @@ class Lab:
         self.test = self.answered([q for q in requests if q.split == "test"])
         self.plain = [q for q in self.test if q.category == NEUTRAL and not q.near]
         # The second turn: each request after a harmless one and its answer.
-        rng, chats = random.Random(0), []
-        for q in self.test:
-            first = rng.choice(self.plain)
-            chat = [*mosaic.as_messages(first.prompt),
-                    {"role": "assistant", "content": first.text},
-                    *mosaic.as_messages(q.prompt)]
-            chats.append(Request(chat, q.category, q.split, q.near))
-        self.second = self.answered(chats)
+        rng = random.Random(0)
+        self.second = self.answered(
+            [mosaic.later_turn(rng.choice(self.plain), q) for q in self.test])
 
     def answered(self, requests: list[Request]) -> list[mosaic.Reference]:
         """Those that the backbone does not decline by itself, with its answers."""

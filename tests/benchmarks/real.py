@@ -114,14 +114,6 @@ def few(requests: list, most: int, seed: int = 0) -> list:
     return chosen
 
 
-def after(first: mosaic.Reference, request: Request) -> Request:
-    """A request as the second turn of a chat."""
-    chat = [*mosaic.as_messages(first.prompt),
-            {"role": "assistant", "content": first.text},
-            *mosaic.as_messages(request.prompt)]
-    return Request(chat, request.category, request.split, request.near)
-
-
 class Prefixed:
     """A backbone that has read `ids` already: their keys and values are kept.
 
@@ -259,7 +251,7 @@ class Job:
         if self.args.test:  # the same, each after a harmless request and its answer
             rng = random.Random(0)
             calm = [q for q in held["test"] if q.category == NEUTRAL and not q.near]
-            chats = [after(rng.choice(calm), q) for q in held["test"]]
+            chats = [mosaic.later_turn(rng.choice(calm), q) for q in held["test"]]
             found = mosaic.reference_answers(
                 self.model, self.tokenizer, chats, 24, self.big)
             held["second turn"] = [q for q in found if not mosaic.is_refusal(q.text)]
