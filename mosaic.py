@@ -374,7 +374,7 @@ def with_policies(tokenizer: Tokenizer, names: dict[str, Sequence[str]]) -> Toke
     """
     made = copy.deepcopy(tokenizer)
     made.chat_template = own = made.chat_template or PLAIN_TEMPLATE
-    if "MOSAIC" in str(own):
+    if "mosaic.control" in str(own):
         raise ValueError("an exported checkpoint: take the backbone it was made of")
     # Some templates read content as a list of parts and drop strings.
     shown = made.apply_chat_template(as_messages(MARK), tokenize=False)
