@@ -157,7 +157,7 @@ def test_a_tokenizer_may_hold_more_tokens_than_the_model_has_rows(tokenizer):
     [(["a", "a"], 5), ([""], 5), ([NEUTRAL], 5), ("ab", 5), ([], 5), (["a"], 0)],
 )
 def test_a_table_refuses_bad_names_and_sizes(model, tokenizer, names, m):
-    with pytest.raises(ValueError, match="list of distinct names"):
+    with pytest.raises(ValueError, match="list of distinct new names"):
         ControlTokens.for_model(model, tokenizer, names, m)
 
 
@@ -169,7 +169,7 @@ def test_a_table_grows_by_new_categories_and_keeps_the_old_vectors(model, tokeni
     assert torch.equal(table.vectors[0], old)
     fresh = ControlTokens.for_model(model, tokenizer, ["sex"], 7)
     assert torch.equal(table.vectors[2], fresh.vectors[0])  # the name alone decides
-    with pytest.raises(ValueError, match="list of distinct names"):
+    with pytest.raises(ValueError, match="list of distinct new names"):
         table.add(model, tokenizer, ["alcohol"])
 
 
