@@ -348,7 +348,7 @@ def test_a_chat_forgets_its_oldest_exchanges_where_there_is_no_more_room(talk):
     turns = [turn.split()[0] for turn in seen[-1][0]]
     assert turns[-1] == "Then" and "Hi" not in turns and turns[0] != "Well."
     said, seen = talk("Hi", "much " * 999, "And?", answer=lambda words: "Well.")
-    assert seen[-1][0] == ["Hi", "Well.", "And?"]  # one that is too long changes nothing
+    assert seen[-1][0] == ["Hi", "Well.", "And?"]  # the long one changes nothing
 
 
 def test_a_chat_takes_bytes_that_are_no_utf_8(talk):
@@ -494,7 +494,8 @@ def test_a_template_of_a_single_turn_is_told_before_it_is_trained(tiny, tmp_path
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     own = (tiny / "chat_template.jinja").read_text()
-    single = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    no = "{{ raise_exception('one turn') }}"
+    single = "{% if messages | length > 1 %}" + no + "{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(single + own)
     (tmp_path / "d.jsonl").write_text(GOOD, encoding="utf-8")
     done = call("--data", tmp_path / "d.jsonl", "--model", tmp_path, "--device", "cpu")

@@ -428,7 +428,7 @@ WRONG = [  # (file, its text, pattern of the line)
     ("d.csv", "request,category\na,3\n", ":2: category is '3'.* in words"),
     ("d.csv", "request,category\na,-1.0\n", ":2: category is '-1.0'.* in words"),
     ("d.csv", "messages,category\n\"[{'role': 'user'}]\",b\n", "which CSV cannot hold"),
-    ("d.csv", "request,category\n\" [{'from': 'human'}]\",b\n", "which CSV cannot hold"),
+    ("d.csv", "request,category\n\" [{'from': 'me'}]\",b\n", "which CSV cannot hold"),
     ("d.csv", "request,category\na,b\nrequest, category\n", ":3: the header again"),
     # JSON
     ("d.jsonl", "", "the file is empty"),
