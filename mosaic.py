@@ -391,6 +391,7 @@ def with_policies(tokenizer: Tokenizer, names: dict[str, Sequence[str]]) -> Toke
 
 @functools.lru_cache(maxsize=4)
 def kept_with_mark(tokenizer: Tokenizer, state: str) -> Tokenizer:
+    """The copy that `with_mark` gives, kept for this tokenizer in this state."""
     return with_policies(tokenizer, {"mosaic": [MARK]})
 
 
@@ -1097,7 +1098,8 @@ def export_checkpoint(
     Each control vector becomes the vocabulary row of a special token <|category:i|>:
     any engine that passes arguments to the template serves any policy, with no code of
     ours. Without a policy it is the backbone. ValueError: `folder` exists already, the
-    tokenizer holds such tokens, or what is read back makes other ids than training.
+    tokenizer holds such tokens or takes a policy, parts of the model are compiled, or
+    what is read back makes other ids than training.
     """
     folder, model = os.path.normpath(folder), getattr(model, "_orig_mod", model)
     sets = zip(tokens.categories, tokens.vectors)
