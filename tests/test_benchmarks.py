@@ -216,6 +216,26 @@ def test_at_first_only_the_first_three_tokens_of_answers_are_learned(
     assert lengths[:2] == [3, 3] and min(lengths[2:]) > 3
 
 
+def test_the_start_can_be_longer_and_the_refusal_another(
+    monkeypatch, tmp_path, tokenizer
+):
+    made, learned, losses = [], [], mosaic.batch_losses
+
+    def noted(model, tasks, rows, *rest):
+        learned.extend(row.answer for task, row in zip(tasks, rows) if task.refuse)
+        return losses(model, tasks, rows, *rest)
+
+    monkeypatch.setattr(mosaic, "batch_losses", noted)
+    for scale in 1, 10:  # one step, of no length
+        flags = "--steps 1 --learning_rate 1e-8 --measure_every 9 --no_answers"
+        run_real(monkeypatch, tmp_path, f"{flags} --refusal No! --start_scale {scale}")
+        made.append(ControlTokens.load(str(tmp_path / "run.safetensors")))
+    assert {tokens.made_for["refusal"] for tokens in made} == {"No!"}
+    assert learned and {tokenizer.decode(ids[:-1]) for ids in learned} == {"No!"}
+    for plain, long in zip(*(tokens.vectors for tokens in made)):
+        torch.testing.assert_close(long.data, 10 * plain.data, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", real.METHODS)
 def test_every_method_trains_and_writes_its_curve_and_figures(
     method, monkeypatch, tmp_path

@@ -1,5 +1,6 @@
 """Palette: directions, targets, merging, and that the backbone stays as it was."""
 
+import argparse
 import json
 import random
 import sys
@@ -10,6 +11,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import palette
+import palette_real
 
 pytestmark = pytest.mark.slow  # measurement: not what mosaic.py promises
 
@@ -143,3 +145,55 @@ def test_the_tables_show_every_row(quick):
     assert text.count("\n| Palette, licence |") == 3 + 7 + 3  # choice, outcome, leaks
     assert text.count("\n| LoRA-SFT |") == 7 + 3
     assert all(f"- {method}: the goals" in text for method in palette.METHODS)
+
+
+# --- On a real backbone: the same on what it declines by itself -----------------------
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The embedded backbone, taken for one that declines every second answer."""
+    args = argparse.Namespace(model="", bf16=False, most=8, seed=0)
+    odd = lambda answer, *_: len(answer) % 2 == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(palette_real.mosaic, "is_refusal", odd)
+        patch.setattr(palette_real, "SETTINGS", QUICK)
+        yield palette_real.Real(args)
+
+
+def test_domains_are_what_the_backbone_declines_of_each_category(real):
+    assert real.domains and "neutral" not in real.domains
+    harmless = {q for some in real.asked["harmless"].values() for q in some}
+    for name in real.domains:
+        declined = [q for some in real.asked[name].values() for q in some]
+        assert [len(some) for some in real.asked[name].values()] == real.counts[name]
+        said = real.said(declined)
+        assert declined and all(len(answer) % 2 for answer in said)
+        assert not harmless & {*declined}
+
+
+def test_updates_beside_the_weights_do_what_merged_ones_do(real):
+    torch.manual_seed(0)
+    linear = real.layers[1].mlp.up_proj
+    updates = {"1.mlp.up_proj": torch.randn(linear.weight.shape)}
+    x = torch.randn(5, linear.weight.shape[1])
+    with palette.merged(real.layers, updates):
+        wanted = linear(x)
+    before = linear(x)
+    with real.updated(updates):
+        assert torch.allclose(linear(x), wanted, atol=1e-4)
+    assert torch.equal(linear(x), before) and not torch.allclose(before, wanted)
+
+
+def test_a_real_cell_measures_each_domain_and_all_of_them(real):
+    allow = real.domains[:2]
+    found = palette_real.cell(real, allow)
+    assert [row["allowed"] for row in found["rows"]] == [*[[d] for d in allow], allow]
+    for row in found["rows"]:
+        assert row["leak"].keys() == {*real.domains, "unsafe"}
+        wanted = sum(real.counts[name][2] for name in row["allowed"])
+        assert row["answered"]["n"] == wanted > 0
+        assert row["kl"] > found["untouched"]["kl"] == 0
+    for one in found["choice"]["Palette"].values():
+        assert one["best"] in one["pareto"] and one["best"]["source"] != "licence"
+    assert json.loads(json.dumps(found)) == found

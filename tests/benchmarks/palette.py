@@ -22,6 +22,8 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import chain, combinations
 from pathlib import Path
@@ -43,7 +45,6 @@ from word_lists import PROFESSIONAL, WORDS, Taboo, held_out, read_blocks, read_r
 
 VARIANTS = {"Palette": ("refused", "domain"), "Palette, licence": ("licence",)}
 METHODS = [*VARIANTS, "LoRA-SFT"]
-GROUPS = [*PROFESSIONAL, "unsafe"]  # all that the backbone declines
 Updates = dict[str, Tensor]  # (out, in) by the name of a linear map
 FILES = [RECIPE / "professional.jsonl", RECIPE / "held_out.jsonl",
          WORDS / "professional.txt", WORDS / "unsafe.txt"]  # what it reads of its own
@@ -79,6 +80,8 @@ QUICK |= {"scored": 8, "tested": 8, "answer_tokens": 6}
 
 class Bench:
     """The frozen backbone, and who asks what: asked[group][split] = requests."""
+
+    domains: Sequence[str] = PROFESSIONAL  # each of them could be allowed
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -117,6 +120,11 @@ class Bench:
         test = test[: self.settings.tested]
         return {"train": some[:n], "validation": some[n:], "test": test}
 
+    @property
+    def groups(self) -> list[str]:
+        """All that the backbone declines."""
+        return [*self.domains, "unsafe"]
+
     def licensed(self, domain: str, prompt: str) -> list[dict[str, str]]:
         """The request of a licensed professional, as the backbone was taught it."""
         system = f"The user is a licensed {self.words[domain]['roles'][0][0]}."
@@ -130,6 +138,14 @@ class Bench:
         n = 2 * self.settings.answer_tokens
         answers = mosaic.generate_ids(self.model, self.tokenizer, rows, n)
         return [Row(prompt, None, answer) for prompt, answer in zip(ids, answers)]
+
+    def in_words(self, domain: str, answer: str) -> bool:
+        """Whether an answer opens as the licensed ones of its domain do."""
+        return answer.startswith(self.words[domain]["opening"][0][0])
+
+    def updated(self, updates: Updates) -> AbstractContextManager:
+        """The backbone with weight updates, for as long as it lasts."""
+        return merged(self.layers, updates)
 
     def read(self, layer: int | None, prompts, edit=None) -> tuple[Tensor, Tensor]:
         """States at the last P prompt positions, (B, P, D), and logits of what is next.
@@ -165,6 +181,7 @@ def move(h: Tensor, unit: Tensor, strength: float) -> Tensor:
 
     -1 projects r out; -s pulls an allowed request over, s pushes another, 0 keeps it.
     """
+    unit = unit.to(h)
     return h + strength * (h @ unit)[..., None] * unit
 
 
@@ -177,19 +194,19 @@ def candidates(bench: Bench, domain: str) -> dict[tuple, tuple[Tensor, Tensor]]:
     domain's minus the same requests with a licence ("licence").
     """
     asked, n = bench.asked, bench.settings.scored
-    groups = {name: asked[name]["train"] for name in PROFESSIONAL}
+    groups = {name: asked[name]["train"] for name in bench.domains}
     groups["unsafe"] = asked["unsafe"]["train"][: 2 * n]
     draw = random.Random(bench.settings.seed)
     groups["harmless"] = draw.sample(asked["harmless"]["train"], 4 * n)
-    groups["licensed"] = [bench.licensed(domain, q) for q in groups[domain]]
+    if bench.words:  # it knows licences
+        groups["licensed"] = [bench.licensed(domain, q) for q in groups[domain]]
     states = {name: bench.read(None, some)[0] for name, some in groups.items()}
     mean = {name: h.mean(0) for name, h in states.items()}  # (layers, P, D)
-    refused = torch.cat([states[name] for name in GROUPS]).mean(0)
-    sources = {
-        "refused": refused - mean["harmless"],
-        "domain": mean[domain] - mean["harmless"],
-        "licence": mean[domain] - mean["licensed"],
-    }
+    refused = torch.cat([states[name] for name in bench.groups]).mean(0)
+    sources = {"refused": refused - mean["harmless"],
+               "domain": mean[domain] - mean["harmless"]}
+    if bench.words:
+        sources["licence"] = mean[domain] - mean["licensed"]
     found = {}
     for source, r in sources.items():
         unit = r / r.norm(dim=-1, keepdim=True)  # (layers, P, D)
@@ -213,7 +230,8 @@ def objectives(bench: Bench, domain: str, found: dict) -> list[dict]:
     """
     asked, scores = bench.asked, []
     own = asked[domain]["train"] + asked[domain]["validation"]
-    rest = [q for name in GROUPS if name != domain for q in asked[name]["validation"]]
+    others = [name for name in bench.groups if name != domain]
+    rest = [q for name in others for q in asked[name]["validation"]]
     draw = random.Random(bench.settings.seed)
     plain = draw.sample(asked["harmless"]["validation"], bench.settings.scored)
 
@@ -223,7 +241,7 @@ def objectives(bench: Bench, domain: str, found: dict) -> list[dict]:
     before = [bench.read(0, some)[1] for some in (own, rest, plain)]  # 3 of (B, V)
     p_own, p_rest, p_plain = map(declined, before)
     for (source, layer, at), (unit, gap) in tqdm(found.items(), domain, leave=False):
-        edit = [lambda h, r=unit: move(h, r, -1), lambda h, r=gap * unit: h + r]
+        edit = [lambda h, r=unit: move(h, r, -1), lambda h, r=gap * unit: h + r.to(h)]
         after = [bench.read(layer, some, edit[0])[1] for some in (own, rest, plain)]
         added = bench.read(layer, plain, edit[1])[1]
         scores.append({
@@ -282,7 +300,7 @@ def lesson(bench: Bench, domain: str, layer: int) -> list[tuple[str, str]]:
     declined = (logits.argmax(-1) == bench.declines).tolist()
     order = [i for i in near.argsort(descending=True).tolist() if declined[i]]
     hard = order[:n] + draw.sample(order[n:], n // 2)
-    refused = [q for d in PROFESSIONAL if d != domain for q in asked[d]["train"]]
+    refused = [q for d in bench.domains if d != domain for q in asked[d]["train"]]
     refused += [unsafe[i] for i in hard]
     kinds = {"allowed": asked[domain]["train"], "refused": refused, "harmless": plain}
     return [(q, kind) for kind, some in kinds.items() for q in some]
@@ -295,7 +313,8 @@ def fit(bench: Bench, layer: int, pairs: list, rate: float, loss, title) -> Upda
     weigh as much as all the rest together.
     """
     settings, module, n = bench.settings, bench.layers[layer], len(pairs)
-    own = torch.tensor([kind == "allowed" for _, kind in pairs])  # (n,)
+    kinds = [kind == "allowed" for _, kind in pairs]
+    own = torch.tensor(kinds, device=bench.model.device)  # (n,)
     weight = torch.where(own, n / 2 / own.sum(), n / 2 / (~own).sum())  # (n,)
     draw = random.Random(settings.seed)
     loras = add_lora(module, settings.rank, settings.alpha, settings.seed)
@@ -368,16 +387,16 @@ def measure(bench: Bench, updates: Updates, allowed=(), before=None) -> dict:
     `before`: the untouched backbone's row, of which "declined" is used.
     """
     model, tokenizer, size = bench.model, bench.tokenizer, bench.settings.answer_tokens
-    pairs = [(name, q) for name in GROUPS for q in bench.asked[name]["test"]]
-    with merged(bench.layers, updates):
+    pairs = [(name, q) for name in bench.groups for q in bench.asked[name]["test"]]
+    with bench.updated(updates):
         now = mosaic.answer_logits(model, bench.neutral)[0]  # (N, V)
         asked = [q for _, q in pairs]
         said = mosaic.generate(model, tokenizer, None, asked, None, size)
     same = bench.base.argmax(-1) == now.argmax(-1)  # (N,)
     declined = [*map(mosaic.is_refusal, said)]
     own = [(d, a) for (d, _), a in zip(pairs, said) if d in allowed]
-    words = [a.startswith(bench.words[d]["opening"][0][0]) for d, a in own]
-    kept, leak = {"domains": [], "unsafe": []}, {name: [] for name in GROUPS}
+    words = [bench.in_words(d, a) for d, a in own]
+    kept, leak = {"domains": [], "unsafe": []}, {name: [] for name in bench.groups}
     was = before["declined"] if before else declined
     for (name, _), old, new in zip(pairs, was, declined):
         leak[name].append(not new)
@@ -483,14 +502,14 @@ def markdown(result: dict) -> str:
         drift = [f"{row['kl']:.3f}", f"{100 * row['top1_agreement']:.1f}"]
         outcome.append([*name, *(shown(row[key]) for key in shares), *drift])
         if len(row["allowed"]) < 2:
-            leaks.append(name + [shown(row["leak"][group]) for group in GROUPS])
+            leaks.append(name + [shown(one) for one in row["leak"].values()])
     start, where = ["method", "allowed"], "r from, layer, position"
     heads = ["answered, %", "in its words, %", "other domains kept, %"]
     heads += ["unsafe kept, %"]
     lines = [f"The direction: {result['rule']}.", ""]
     lines += table([*start, where, *four, "Pareto set"], chosen)
     lines += table([*start, *heads, "KL, nats", "top-1, %"], outcome)
-    lines += table([*start, *(f"{group}, answered, %" for group in GROUPS)], leaks)
+    lines += table([*start, *(f"{group}, answered, %" for group in row["leak"])], leaks)
     told = ", ".join(f"{name} {shown(one)}" for name, one in result["ceiling"].items())
     lines += [f"Told of a licence, the untouched backbone answers, %: {told}.", ""]
     lines += [f"- {verdict(result['rows'], method)}" for method in METHODS]

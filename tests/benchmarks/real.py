@@ -78,6 +78,8 @@ def flags() -> argparse.Namespace:
     add("--tokens_per_category", type=int, default=20)
     add("--tokens", default="", help="a saved table: nothing is trained")
     add("--start", choices=("words", "name", "normal"), default="words")
+    add("--start_scale", type=float, default=1, help="the start is this much longer")
+    add("--refusal", default=mosaic.REFUSAL, help="the sentence that is trained")
     for name in KNOBS:
         value = getattr(default, name)
         add(f"--{name}", type=type(value), default=value)
@@ -208,7 +210,7 @@ class Job:
         self.categories = args.categories or [*every]
         requests = [q for q in requests if q.category in (*self.categories, NEUTRAL)]
         self.orders = args.orders or [*range(1, min(len(self.categories), 4) + 1)]
-        self.refusal = mosaic.refusal_ids(self.model, self.tokenizer, mosaic.REFUSAL)
+        self.refusal = mosaic.refusal_ids(self.model, self.tokenizer, args.refusal)
         began = time.time()
         self.learn, self.held = self.references(requests)
         self.reader, self.cut = self.model, 0
@@ -272,11 +274,13 @@ class Job:
             told = requests if args.start == "words" else ()
             self.tokens = ControlTokens.for_model(
                 model, self.tokenizer, self.categories, args.tokens_per_category, told,
-                seed=args.seed)
+                refusal=args.refusal, seed=args.seed)
         if args.start == "normal":
             torch.manual_seed(args.seed)
             for vectors in self.tokens.vectors:
                 vectors.data.normal_(0, unit)
+        for vectors in self.tokens.vectors:
+            vectors.data.mul_(1 if args.tokens else args.start_scale)
         self.optimizer = mosaic.make_optimizer(self.tokens, self.config, unit)
         if args.method in ("shared", "mlp"):
             self.behind = Reparametrised(self.tokens, args.method, unit)
