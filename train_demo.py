@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from safetensors import SafetensorError
+from transformers import TextStreamer
 
 import mosaic
-from data_sample.reading import SPLITS, read_requests, read_summaries, refuse
+from data_sample.reading import (
+    SPLITS, one_line, read_backbone, read_requests, read_summaries, refuse
+)
 from mosaic import NEUTRAL, ControlTokens, TrainConfig, evaluate, generate, is_refusal
 
 SAMPLE = Path(__file__).resolve().parent / "data_sample"
@@ -246,60 +248,14 @@ def chat(path: str, model, tokenizer) -> None:
 
 
 def load_backbone(name: str, device: str):
-    """(model, tokenizer, name): fp32 on a CPU, bf16 on CUDA. ValueError: no model.
-
-    `name` is a folder, a GGUF file, a LoRA adapter's folder, or a name of the hub.
-    """
+    """(model, tokenizer, name): the one named or, without a name, the default."""
     if not name and device == "cuda":
         try:
-            return load_backbone(ON_CUDA, device)
+            return *read_backbone(ON_CUDA, device), ON_CUDA
         except ValueError as error:
             print(f"{error}; taking the embedded backbone instead")
     name = name or os.path.relpath(EMBEDDED)
-    source, options = find_model(name)
-    options["trust_remote_code"] = False  # else transformers asks, and runs it on a "y"
-    dtype, loading = torch.bfloat16 if device == "cuda" else torch.float32, {}
-    try:
-        if not (os.path.isdir(source) or try_to_load_from_cache(source, "config.json")):
-            get_hf_file_metadata(hf_hub_url(source, "config.json"))  # one try, not 19
-        if os.path.isfile(f"{source}/adapter_config.json"):
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(
-                source, dtype=dtype, **options).merge_and_unload()
-            if not os.path.isfile(f"{source}/tokenizer_config.json"):  # it adds none
-                source = model.config._name_or_path
-        else:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True,
-                ignore_mismatched_sizes=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = model.to(device)  # may not fit
-        mosaic.prompt_ids(tokenizer, "Hi", place=True)  # does its template work?
-    except Exception as error:  # anything at all can be wrong with a checkpoint
-        raise ValueError(f"model {name} cannot be used: {one_line(error)}") from error
-    for kind in "mismatched", "missing", "unexpected":
-        if keys := sorted(loading.get(f"{kind}_keys", ())):
-            told = f"model {name} has {len(keys)} {kind} weights, first {keys[0]}"
-            refuse(kind != "unexpected", f"{told}; get the whole checkpoint")
-            print(f"{told}: left out")
-    return model, tokenizer, name
-
-
-def find_model(name: str) -> tuple[str, dict]:
-    """(what from_pretrained takes, its options). ValueError: nothing is there."""
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").exists():
-        found = sorted(path.glob("*.gguf"))
-        refuse(found[1:], f"several files; name one of {', '.join(map(str, found))}")
-        path = found[0] if found else path
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    is_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(?<!\.gguf)", name)
-    refuse(not path.is_dir() and (path.exists() or not is_hub),
-           f"no model {name}; give the folder of a checkpoint, a GGUF file, or a hub "
-           f"name such as {ON_CUDA}")
-    return name, {}
+    return *read_backbone(name, device), name
 
 
 def fits(model, tokenizer, tokens: ControlTokens, prompt, answer: int) -> bool:
@@ -392,10 +348,6 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
     return flags, TrainConfig(**knobs)  # ValueError: out of range
 
 
-def one_line(message: object) -> str:
-    return " ".join(str(message).split())[:400] or type(message).__name__
-
-
 def stop(message: object) -> None:
     """A user's mistake: one line, exit code 2."""
     print(f"train_demo.py: {one_line(message)}", file=sys.stderr)
@@ -408,7 +360,7 @@ def run() -> None:
     sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
-    except (ValueError, OSError, TemplateError) as error:
+    except (ValueError, OSError, TemplateError, SafetensorError) as error:
         stop(error)
     except RuntimeError as error:
         if not re.search("out of memory|allocate memory|inline_container", str(error)):

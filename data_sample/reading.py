@@ -1,4 +1,4 @@
-"""Labelled requests from a file of one's own, or from a dataset of the hub.
+"""What a user brings: a backbone, and labelled requests; from files or from the hub.
 
 Whatever cannot be read as it looks is refused in one line that says where it stands and
 how to mend it: a label misread in silence would be trained on.
@@ -10,13 +10,17 @@ import json
 import os
 import re
 import unicodedata
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mosaic import NEUTRAL, Request, as_messages
+from mosaic import NEUTRAL, Model, Request, Tokenizer, as_messages, prompt_ids
 
 SPLITS = "train", "validation", "test"
 SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation",
@@ -32,6 +36,80 @@ def refuse(wrong: object, message: str) -> None:
         raise ValueError(message)
 
 
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())[:400] or type(message).__name__
+
+
+# --- A backbone -----------------------------------------------------------------------
+
+
+def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
+    """A model, fp32 on a CPU and bf16 on CUDA, and its tokenizer. ValueError: none.
+
+    `name` is a folder, a GGUF file, a LoRA adapter's folder, or a name of the hub.
+    """
+    source, options = find_model(name)
+    options["trust_remote_code"] = False  # else transformers asks, and runs it on a "y"
+    dtype, loading = torch.bfloat16 if device == "cuda" else torch.float32, {}
+    try:
+        if not (os.path.isdir(source) or try_to_load_from_cache(source, "config.json")):
+            get_hf_file_metadata(hf_hub_url(source, "config.json"))  # one try, not 19
+        if os.path.isfile(f"{source}/adapter_config.json"):
+            from peft import AutoPeftModelForCausalLM
+
+            with warnings.catch_warnings():  # an adapter of which nothing is found
+                warnings.filterwarnings("error", ".*missing adapter keys")
+                model = AutoPeftModelForCausalLM.from_pretrained(
+                    source, dtype=dtype, **options).merge_and_unload()
+            if not os.path.isfile(f"{source}/tokenizer_config.json"):  # it adds none
+                source = model.config._name_or_path
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = model.to(device)  # may not fit
+        prompt_ids(tokenizer, "Hi", place=True)  # does its template work?
+    except Exception as error:  # anything at all can be wrong with a checkpoint
+        raise ValueError(f"model {name} cannot be used: {one_line(error)}") from error
+    for kind in "mismatched", "missing", "unexpected":
+        if keys := sorted(loading.get(f"{kind}_keys", ())):
+            told = f"model {name} has {len(keys)} {kind} weights, first {keys[0]}"
+            refuse(kind != "unexpected", f"{told}; get the whole checkpoint")
+            print(f"{told}: left out")
+    refuse(not is_causal(model), f"model {name} reads what comes after a word, as BERT "
+           "does; take one that writes from left to right")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def is_causal(model: Model) -> bool:
+    """Whether what follows a word leaves the model's states at the word as they are."""
+    model.eval()  # with dropout they would differ in any case
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    states = model(ids, output_hidden_states=True).hidden_states[-1][:, 0].float()
+    return ((states[0] - states[1]).norm() < 0.01 * states.norm()).item()
+
+
+def find_model(name: str) -> tuple[str, dict]:
+    """(what from_pretrained takes, its options). ValueError: nothing is there."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        found = sorted(path.glob("*.gguf"))
+        refuse(found[1:], f"several files; name one of {', '.join(map(str, found))}")
+        path = found[0] if found else path
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    is_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(?<!\.gguf)", name)
+    refuse(not path.is_dir() and (path.exists() or not is_hub),
+           f"no model {name}; give the folder of a checkpoint, a GGUF file, or a hub "
+           "name such as Qwen/Qwen2.5-0.5B-Instruct")
+    return name, {}
+
+
+# --- From rows to requests ------------------------------------------------------------
+
+
 def read_summaries(path: str) -> dict[str, str]:
     """{category: what it covers, in a sentence}."""
     try:
@@ -41,9 +119,6 @@ def read_summaries(path: str) -> dict[str, str]:
     refuse(not isinstance(found, dict) or {*map(type, found.values())} - {str},
            f'{path}: it must be JSON like {{"alcohol": "Drinks with alcohol."}}')
     return found
-
-
-# --- From rows to requests ------------------------------------------------------------
 
 
 def read_requests(

@@ -15,8 +15,11 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import EMBEDDED, ROOT, read, tiny_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
+)
 
 import mosaic
 import train_demo
@@ -542,6 +545,12 @@ def throw(error):
     raise error
 
 
+def test_a_full_disk_is_told_in_one_line(monkeypatch):
+    told = "I/O error: No space left on device (os error 28)"
+    monkeypatch.setattr(train_demo, "main", lambda: throw(SafetensorError(told)))
+    assert vars(call()) == {"code": 2, "out": "", "err": f"train_demo.py: {told}\n"}
+
+
 @pytest.mark.parametrize(
     "error",
     [RuntimeError("index 9 is out of bounds for dimension 0"), AssertionError("logits"),
@@ -655,6 +664,34 @@ def test_a_lora_folder_is_merged_to_the_logits_of_the_peft_model(
             assert (adapted(ids).logits - wanted).abs().max() > 0.1
 
 
+def test_an_adapter_whose_weights_have_other_names_is_refused(tiny, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    other = {name.replace("q_proj", "query"): w for name, w in weights.items()}
+    save_file(other, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="cannot be used: Found missing adapter keys"):
+        train_demo.load_backbone(str(tmp_path), "cpu")
+
+
+def test_a_model_that_reads_both_ways_is_refused(tmp_path, tokenizer):
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64, initializer_range=0.2)
+    for causal in True, False:
+        config.is_decoder = causal
+        torch.manual_seed(0)
+        BertLMHeadModel(config).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        told = contextlib.nullcontext()
+        if not causal:
+            told = pytest.raises(ValueError, match="reads what comes after a word")
+        with told:
+            train_demo.load_backbone(str(tmp_path), "cpu")
+
+
 def test_an_adapter_without_peft_says_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -665,13 +702,13 @@ def test_an_adapter_without_peft_says_what_is_missing(tmp_path, monkeypatch):
 def test_a_gguf_file_is_found_by_its_name_or_in_its_folder(tmp_path):
     first, second = tmp_path / "a.gguf", tmp_path / "B.GGUF"
     with pytest.raises(ValueError, match="^no model .*a.gguf; give"):
-        train_demo.find_model(str(first))
+        reading.find_model(str(first))
     first.write_bytes(b"")
     found = str(tmp_path), {"gguf_file": "a.gguf"}
-    assert train_demo.find_model(str(first)) == found
-    assert train_demo.find_model(str(tmp_path)) == found
+    assert reading.find_model(str(first)) == found
+    assert reading.find_model(str(tmp_path)) == found
     second.write_bytes(b"")
-    assert train_demo.find_model(str(second)) == (
+    assert reading.find_model(str(second)) == (
         str(tmp_path), {"gguf_file": "B.GGUF"}
     )
 
@@ -680,7 +717,7 @@ def test_a_folder_of_several_gguf_files_is_refused_with_one_to_name(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match="name one of .*a.gguf, .*b.gguf$"):
-        train_demo.find_model(str(tmp_path))
+        reading.find_model(str(tmp_path))
 
 
 @pytest.mark.slow
