@@ -55,7 +55,7 @@ def main() -> None:
     summaries = read_summaries(flags.summaries)
     model, tokenizer, name = load_backbone(flags.model, flags.device)
     tokens = load_tokens(flags, model, tokenizer, requests)
-    check_fit(flags, config, model, tokenizer, tokens, requests)
+    check_fit(flags, config, model, tokenizer, tokens, requests, summaries)
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)  # now: later, a training would be lost
     say_what_learns(requests, tokens, model, f"{name} on {flags.device}")
@@ -258,12 +258,12 @@ def load_backbone(name: str, device: str):
     return *read_backbone(name, device), name
 
 
-def fits(model, tokenizer, tokens: ControlTokens, prompt, answer: int) -> bool:
+def fits(model, tokenizer, tokens: ControlTokens | None, prompt, answer: int) -> bool:
     """Whether a prompt under all categories at once and an answer fit the model."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
-    ids = mosaic.prompt_ids(tokenizer, prompt, place=True)
-    control = ids.count(mosaic.PLACE) * sum(map(len, tokens.vectors))
-    return len(ids) + control + answer <= longest
+    ids = mosaic.prompt_ids(tokenizer, prompt, place=tokens is not None)
+    more = ids.count(mosaic.PLACE) * sum(map(len, tokens.vectors)) if tokens else 0
+    return len(ids) + more + answer <= longest
 
 
 def load_tokens(flags, model, tokenizer, requests) -> ControlTokens:
@@ -282,7 +282,7 @@ def load_tokens(flags, model, tokenizer, requests) -> ControlTokens:
         model, tokenizer, found, flags.tokens_per_category, learn, seed=flags.seed)
 
 
-def check_fit(flags, config, model, tokenizer, tokens, requests) -> None:
+def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> None:
     """ValueError: what would end a training in vain, or give figures that mislead."""
     known = [*tokens.categories, NEUTRAL]
     answer = max(SHOWN_TOKENS, config.answer_tokens)
@@ -297,6 +297,11 @@ def check_fit(flags, config, model, tokenizer, tokens, requests) -> None:
             prompt = chat.prompt if config.later_turns else q.prompt
             refuse(not fits(model, tokenizer, tokens, prompt, answer), "too long for "
                    "the model, with tokens and answers; --later_turns 0 needs less")
+            if q.split == "test":
+                ruled = instruct(q.prompt, tokens.categories, summaries, tokenizer)
+                refuse(not fits(model, tokenizer, None, ruled, answer), "too long for "
+                       "the model with the written instruction; shorten the sentences "
+                       f"of {flags.summaries}, or the categories' names")
         except (ValueError, TemplateError) as error:  # a role that the template lacks
             raise ValueError(f"{flags.data}, {q.prompt!r:.60}: {error}") from error
 

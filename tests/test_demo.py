@@ -431,6 +431,10 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--summaries d.jsonl", '["a"]', 'd.jsonl: it must be JSON like {"alcohol": "'),
     ("--summaries d.jsonl", '{"a": 1}', "d.jsonl: it must be JSON like {"),
     ("--summaries d.jsonl", "\udcff", "d.jsonl:1: not in UTF-8; save the file as"),
+    (
+        "--summaries d.jsonl", json.dumps({"alcohol": "word " * 9999}),
+        "too long for the model with the written instruction; shorten the sentences of",
+    ),
     # The table
     ("--tokens none", None, "none is no table to use here"),
     ("--chat none", None, "none is no table to use here"),
