@@ -70,6 +70,7 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = model.to(device)  # may not fit
         prompt_ids(tokenizer, "Hi", place=True)  # does its template work?
+        causal = is_causal(model)  # does it run?
     except Exception as error:  # anything at all can be wrong with a checkpoint
         raise ValueError(f"model {name} cannot be used: {one_line(error)}") from error
     for kind in "mismatched", "missing", "unexpected":
@@ -77,7 +78,7 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
             told = f"model {name} has {len(keys)} {kind} weights, first {keys[0]}"
             refuse(kind != "unexpected", f"{told}; get the whole checkpoint")
             print(f"{told}: left out")
-    refuse(not is_causal(model), f"model {name} reads what comes after a word, as BERT "
+    refuse(not causal, f"model {name} reads what comes after a word, as BERT "
            "does; take one that writes from left to right")
     return model, tokenizer
 
