@@ -322,6 +322,5 @@ def typed_rows(path: str) -> Iterator[tuple[str, dict]]:
                     row[column] = names.get(row[column], row[column])
                 yield " ".join([path, *own.values(), f"row {number}"]), row | own
     except Exception as error:  # as many kinds as there are readers
-        why = " ".join(str(error).split())[:400]
         raise ValueError(f"{path} cannot be read (a config of the hub is named as in "
-                         f"{name}:CONFIG): {why}") from error
+                         f"{name}:CONFIG): {one_line(error)}") from error

@@ -66,7 +66,7 @@ class Real(palette.Bench):
         self.domains = [*dict.fromkeys(q.category for q in asked)]
         self.domains.remove(NEUTRAL)
         found = {name: {split: [] for split in SPLITS} for name in self.domains}
-        harmless, self.asked = {split: [] for split in SPLITS}, found
+        harmless = {split: [] for split in SPLITS}
         for q, no in zip(asked, declined):
             if q.category != NEUTRAL and no:
                 found[q.category][q.split].append(q.prompt)
