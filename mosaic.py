@@ -168,6 +168,20 @@ def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
     return embed(ids).float().std().item()
 
 
+@torch.no_grad()
+def stream_size(model: Model, tokenizer: Tokenizer) -> float:
+    """Root mean square of the residual stream half-way up the backbone.
+
+    37 times `embedding_std` in Qwen2.5-Coder-0.5B, 50 times in SmolLM2-135M.
+    """
+    model.eval()  # for good: with dropout it would be another model
+    ids = torch.tensor([tokenizer(REFUSAL)["input_ids"]], device=model.device)
+    states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    middle = states[len(states) // 2].float()  # (1, L, D)
+    # The median position: the first one's is often a hundred times as large.
+    return middle.square().mean(-1).sqrt().median().item()
+
+
 def telling_ids(
     tokenizer: Tokenizer, requests: Sequence[Request], category: str, m: int
 ) -> list[int]:
@@ -233,7 +247,9 @@ class ControlTokens(nn.Module):
 
         Differs from the paper: it does not say how tokens start. Here: at embeddings of
         the words that tell the category best in `requests`, or of its name, with a
-        little noise that depends on the seed and the name alone.
+        little noise that depends on the seed and the name alone, made as long as the
+        residual stream half-way up. Trained vectors become longer still; one as short
+        as an embedding is turned right round by each step.
         """
         m = len(self.vectors[0]) if tokens_per_category is None else tokens_per_category
         names = [*self.categories, *categories]
@@ -244,12 +260,13 @@ class ControlTokens(nn.Module):
         self.check(model)
         self.to(model.device)  # a table read from disk is on the CPU
         embed, std = model.get_input_embeddings(), embedding_std(model, tokenizer)
+        scale = stream_size(model, tokenizer) / std
         for name in categories:
             ids = telling_ids(tokenizer, requests, name, m)
             start = embed(torch.tensor(ids, device=model.device)).float()  # (M, D)
             rng = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             noise = torch.randn(start.shape, generator=rng).to(start)
-            self.vectors.append((start + 0.1 * std * noise).detach())
+            self.vectors.append(scale * (start + 0.1 * std * noise).detach())
             self.categories.append(name)
 
     def check(self, model: Model) -> None:
@@ -446,6 +463,11 @@ def control_row(
     return Row(ids, tokens.compose(policy) if policy else None, answer)
 
 
+def batched(items: Sequence, size: int) -> list[Sequence]:
+    """Cut into parts of `size`, the last perhaps shorter (itertools', from 3.12)."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def make_batch(
     model: Model, rows: Sequence[Row], padding_side: str
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -479,6 +501,18 @@ def make_batch(
 def answer_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """fp32 logits (N, V) that predict the answer tokens of all rows, and those (N,).
 
+    A CPU reads two halves apart: of rows in order of length each has little padding. A
+    GPU waits for its kernels to be launched, and they would be twice as many.
+    """
+    parts = 1 if model.device.type == "cuda" else 2
+    halves = batched(rows, -(-len(rows) // parts))
+    logits, labels = zip(*[half_logits(model, half) for half in halves])
+    return torch.cat(logits), torch.cat(labels)
+
+
+def half_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """The same for rows that are padded to one length.
+
     Only the N answer positions go through the output head: for a large vocabulary the
     head over all positions is a third of a step. A hook narrows the head's input, so
     that scales and soft caps stay the model's own business.
@@ -511,11 +545,6 @@ def end_ids(model: Model, tokenizer: Tokenizer) -> set[int]:
     ends = model.generation_config.eos_token_id  # an id, a list of them or None
     ends = ends if isinstance(ends, list) else [ends]
     return {tokenizer.eos_token_id, *ends} - {None}
-
-
-def batched(items: list, size: int) -> list[list]:
-    """Cut into parts of `size`, the last perhaps shorter (itertools', from 3.12)."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 @torch.no_grad()
@@ -937,6 +966,7 @@ def train_epoch(
     batches, seen = source.epoch(orders, config.batch_size), []
     for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
         progress = (epoch + i / len(batches)) / config.epochs
+        tasks = sorted(tasks, key=lambda task: len(task.request.placed))  # for halves
         rows = task_rows(tokens, tasks, refusal, rng)
         weights = answer_weights(rows, config, progress)
         logged = batch_losses(model, tasks, rows, weights, refusal)

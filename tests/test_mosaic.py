@@ -118,8 +118,23 @@ def test_start_values_stand_at_the_embeddings_as_the_model_reads_them(
     assert table.vectors[0].shape == (5, 32)
     ids = own_ids(tokenizer, "alcohol") * 5
     words = model.get_input_embeddings()(torch.tensor(ids[:5]))
-    off = (table.vectors[0] - words).std() / mosaic.embedding_std(model, tokenizer)
+    std = mosaic.embedding_std(model, tokenizer)
+    scale = mosaic.stream_size(model, tokenizer) / std
+    off = (table.vectors[0] / scale - words).std() / std
     assert 0.08 < off < 0.12
+
+
+def test_the_start_is_as_long_as_the_residual_stream_half_way_up(tokenizer):
+    model = tiny_model("llama", tokenizer, num_hidden_layers=4)
+    seen = []
+    model.model.layers[1].register_forward_hook(lambda _, x, out: seen.append(out))
+    size = mosaic.stream_size(model, tokenizer)
+    model(torch.tensor([tokenizer(mosaic.REFUSAL)["input_ids"]]))
+    rms = seen[-1][0].square().mean(-1).sqrt().sort().values  # (L,)
+    assert size == pytest.approx(rms[(len(rms) - 1) // 2].item())
+    assert rms[0] < size < rms[-1]
+    words = ControlTokens.for_model(model, tokenizer, ["alcohol"]).vectors[0]
+    assert 0.7 < words.square().mean().sqrt() / size < 1.4
 
 
 DAILY = [
@@ -296,7 +311,7 @@ def test_cudnns_attention_is_shut_out_of_the_forward_and_of_nothing_else(
             lambda *_: seen.append(enabled())
         )
         mosaic.answer_logits(model, rows_of(tokenizer, tokens))
-        assert seen == [False] and enabled()
+        assert seen == [False, False] and enabled()  # both halves
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
@@ -793,11 +808,11 @@ def test_no_position_of_a_training_batch_is_without_anything_to_attend_to(
     some = mosaic.reference_answers(model, tokenizer, requests, 8)
     masks.clear()
     losses_of(model, tokenizer, tokens, tasks_of(some, ("sex",)), random.Random(0))
-    for mask in masks:  # with tokens, and the teacher's
-        assert not mask.all()  # there is padding
+    assert not all(mask.all() for mask in masks)  # there is padding
+    for mask in masks:  # with tokens, and the teacher's, in two halves each
         causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
         assert (causal & mask[:, None, :]).any(-1).all()  # (B, L, L) -> (B, L)
-    assert len(masks) == 2
+    assert len(masks) == 4
 
 
 def test_gradients_reach_the_active_categories_and_nothing_else(
@@ -921,6 +936,7 @@ def test_training_steps_on_the_weighted_sums_with_a_cosine_to_zero(
         batches = OrderSampler(some, CATEGORIES, CATEGORIES, 2, 1.0, rng)
         batches = batches.epoch((1, 2), 8)
         for step, tasks in enumerate(batches):
+            tasks = sorted(tasks, key=lambda task: len(task.request.placed))
             done = (epoch + step / len(batches)) / 2
             cosine = 0.5 * (1 + math.cos(math.pi * done))
             mine.param_groups[0]["lr"] = 0.2 * unit * cosine

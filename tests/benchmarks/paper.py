@@ -47,7 +47,7 @@ from train_demo import (
     EMBEDDED, JUDGED_TOKENS, REQUESTS, SUMMARIES, instruct, load_backbone
 )
 
-VERSION = 6  # raise it when code changes what a cell trains or measures
+VERSION = 7  # raise it when code changes what a cell trains or measures
 LORA_RATE = 0.003  # Adam's, for adapters: tried once on validation, not tuned
 
 

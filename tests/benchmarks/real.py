@@ -78,7 +78,7 @@ def flags() -> argparse.Namespace:
     add("--tokens_per_category", type=int, default=20)
     add("--tokens", default="", help="a saved table: nothing is trained")
     add("--start", choices=("words", "name", "normal"), default="words")
-    add("--start_scale", type=float, default=1, help="the start is this much longer")
+    add("--start_scale", type=float, default=1, help="times the usual length of the start")
     add("--refusal", default=mosaic.REFUSAL, help="the sentence that is trained")
     for name in KNOBS:
         value = getattr(default, name)
@@ -339,7 +339,7 @@ class Job:
             early = self.progress < self.args.first_order_until
             orders = [1] if early else self.orders
             for tasks in sampler.epoch(orders, config.batch_size):
-                yield tasks, rng
+                yield sorted(tasks, key=lambda task: len(task.request.placed)), rng
 
     def losses(self, tasks: list[Task], rng: random.Random) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and what is logged of it."""
@@ -429,6 +429,7 @@ class Job:
         if self.args.test:
             odd = [order for order in orders if order % 2]
             self.result["second_turn"] = self.shares("second turn", odd, 2)
+            write(self.args.output, self.result)  # a lease may end
             self.result["border"] = {
                 kind: self.declined(*asked)
                 for kind, asked in border_cases(self.categories).items()}
@@ -438,6 +439,7 @@ class Job:
             self.result["xstest"] = {
                 "+".join(policy): self.declined(safe, [policy] * len(safe))
                 for policy in [*single, self.categories]}
+            write(self.args.output, self.result)
         if self.args.method != "lora":
             single = [(name,) for name in self.categories]
             self.result["drift"] = drift(

@@ -76,7 +76,9 @@ class Job:
         self.categories = [name for name in names if name != NEUTRAL]
         sampler = OrderSampler(
             self.learn, self.categories, self.categories, 100, 1.0, random.Random(0))
-        self.batches = sampler.epoch((1, 2, 3, 4), flags.batch_size)[: flags.steps]
+        batches = sampler.epoch((1, 2, 3, 4), flags.batch_size)[: flags.steps]
+        self.batches = [
+            sorted(tasks, key=lambda task: len(task.request.placed)) for tasks in batches]
         self.m = flags.tokens_per_category
         self.tokens = ControlTokens.for_model(
             self.model, self.tokenizer, self.categories, self.m)
