@@ -35,7 +35,7 @@ EMBEDDED, REQUESTS = SAMPLE / "tiny_chat", SAMPLE / "requests.jsonl"
 SUMMARIES = SAMPLE / "summaries.json"
 ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
 # What real models want, and the rate for Qwen: see tests/benchmarks/results/real.md.
-CUDA_DEFAULTS = {"batch_size": 64, "epochs": 32, "tokens_per_category": 20}
+CUDA_DEFAULTS = {"batch_size": 64, "epochs": 24, "tokens_per_category": 20}
 QWEN_RATE = 2.0
 # Of an answer; whether it declines shows early.
 JUDGED_TOKENS, SHOWN_TOKENS, TALK_TOKENS = 16, 64, 256

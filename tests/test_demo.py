@@ -796,7 +796,7 @@ def test_on_cuda_training_is_longer_unless_flags_say_otherwise(monkeypatch):
 
     ours, mine = config("--epochs", "3"), config("--model", "mine")
     assert (ours.batch_size, ours.epochs, ours.learning_rate) == (64, 3, 2.0)
-    assert (mine.batch_size, mine.epochs, mine.learning_rate) == (64, 32, 0.7)
+    assert (mine.batch_size, mine.epochs, mine.learning_rate) == (64, 24, 0.7)
     assert config("--device", "cpu") == mosaic.TrainConfig()
 
 

@@ -277,8 +277,9 @@ class Job:
                 refusal=args.refusal, seed=args.seed)
         if args.start == "normal":
             torch.manual_seed(args.seed)
+            size = mosaic.stream_size(model, self.tokenizer)
             for vectors in self.tokens.vectors:
-                vectors.data.normal_(0, unit)
+                vectors.data.normal_(0, size)
         for vectors in self.tokens.vectors:
             vectors.data.mul_(1 if args.tokens else args.start_scale)
         self.optimizer = mosaic.make_optimizer(self.tokens, self.config, unit)
