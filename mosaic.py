@@ -170,14 +170,14 @@ def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
 
 @torch.no_grad()
 def stream_size(model: Model, tokenizer: Tokenizer) -> float:
-    """Root mean square of the residual stream half-way up the backbone.
+    """Size (root mean square) of the residual stream's entries half-way up, on REFUSAL.
 
-    37 times `embedding_std` in Qwen2.5-Coder-0.5B, 50 times in SmolLM2-135M.
+    37 times `embedding_std` in Qwen2.5-Coder-0.5B, 49 times in SmolLM2-135M.
     """
     model.eval()  # for good: with dropout it would be another model
     ids = torch.tensor([tokenizer(REFUSAL)["input_ids"]], device=model.device)
     states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    middle = states[len(states) // 2].float()  # (1, L, D)
+    middle = states[(len(states) - 1) // 2].float()  # (1, L, D)
     # The median position: the first one's is often a hundred times as large.
     return middle.square().mean(-1).sqrt().median().item()
 
@@ -248,8 +248,8 @@ class ControlTokens(nn.Module):
         Differs from the paper: it does not say how tokens start. Here: at embeddings of
         the words that tell the category best in `requests`, or of its name, with a
         little noise that depends on the seed and the name alone, made as long as the
-        residual stream half-way up. Trained vectors become longer still; one as short
-        as an embedding is turned right round by each step.
+        residual stream half-way up (which is read: the model stays in eval mode). Ones
+        as short as an embedding are turned too far by each step, and learn late.
         """
         m = len(self.vectors[0]) if tokens_per_category is None else tokens_per_category
         names = [*self.categories, *categories]
@@ -413,7 +413,7 @@ def kept_with_mark(tokenizer: Tokenizer, state: str) -> Tokenizer:
 
 
 def with_mark(tokenizer: Tokenizer) -> Tokenizer:
-    """The same for a policy of which only the place is wanted, at MARK.
+    """`with_policies` for training: one MARK where control tokens will stand.
 
     Made once, and anew when the tokenizer's template or tokens have changed.
     """
@@ -501,17 +501,18 @@ def make_batch(
 def answer_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """fp32 logits (N, V) that predict the answer tokens of all rows, and those (N,).
 
-    A CPU reads two halves apart: of rows in order of length each has little padding. A
-    GPU waits for its kernels to be launched, and they would be twice as many.
+    A CPU reads two halves, each padded to its own longest row, which saves work if rows
+    come in order of length. A GPU waits for its kernels to be launched: it reads all.
     """
-    parts = 1 if model.device.type == "cuda" else 2
-    halves = batched(rows, -(-len(rows) // parts))
-    logits, labels = zip(*[half_logits(model, half) for half in halves])
+    if model.device.type != "cpu":
+        return padded_logits(model, rows)
+    halves = batched(rows, -(-len(rows) // 2))
+    logits, labels = zip(*[padded_logits(model, half) for half in halves])
     return torch.cat(logits), torch.cat(labels)
 
 
-def half_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """The same for rows that are padded to one length.
+def padded_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """`answer_logits` of rows that are read as one batch, padded to the longest.
 
     Only the N answer positions go through the output head: for a large vocabulary the
     head over all positions is a third of a step. A hook narrows the head's input, so
@@ -724,7 +725,7 @@ class OrderSampler:
     Order r gets `per_subset` positives for each of its subsets, but in all no more than
     order 1 has, divided evenly over T_r, and `ratio` times as many negatives. Subsets
     without a trainable category would teach nothing and are left out. (Five categories,
-    100 per subset: 500 for each order, 50 for each of the 10 pairs.)
+    100 per subset: 500 for each of the orders 1 to 4, 50 for each of the 10 pairs.)
     """
 
     def __init__(
@@ -792,7 +793,7 @@ class TrainConfig:
     # is decided, and of the others. They become 1 over the last third of training.
     first_weight: float = 3.0
     later_weight: float = 0.3
-    positives_per_subset: int = 100  # of an order at most this times what is trainable
+    positives_per_subset: int = 100  # an order has at most this times what is trainable
     negatives_per_positive: float = 1.0
     batch_size: int = 16  # tasks in a step; the paper does not say
     answer_tokens: int = 16  # Differs from the paper (256): cut of reference answers
@@ -966,7 +967,8 @@ def train_epoch(
     batches, seen = source.epoch(orders, config.batch_size), []
     for i, tasks in enumerate(tqdm(batches, f"epoch {epoch + 1}", leave=False)):
         progress = (epoch + i / len(batches)) / config.epochs
-        tasks = sorted(tasks, key=lambda task: len(task.request.placed))  # for halves
+        # Shortest first: see answer_logits.
+        tasks = sorted(tasks, key=lambda task: len(task.request.placed))
         rows = task_rows(tokens, tasks, refusal, rng)
         weights = answer_weights(rows, config, progress)
         logged = batch_losses(model, tasks, rows, weights, refusal)

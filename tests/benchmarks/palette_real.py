@@ -54,7 +54,7 @@ class Real(palette.Bench):
         if args.bf16:
             self.model.to(torch.bfloat16)
         self.model.eval().requires_grad_(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN: see mosaic.half_logits
+        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN: see mosaic.padded_logits
         self.layers = self.model.get_decoder().layers
         self.words = {}  # no licences
         refusal = mosaic.refusal_ids(self.model, self.tokenizer, mosaic.REFUSAL)
