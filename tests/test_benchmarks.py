@@ -249,8 +249,21 @@ def test_every_method_trains_and_writes_its_curve_and_figures(
     assert [point["step"] for point in found["curve"]] == [0, 1, 2]
     assert [cell["order"] for cell in found["test"]] == [1, 3]
     assert len(found["second_turn"]) == 2 and len(found["border"]) == 2
+    assert found["own_refusals_kept"]["n"] < len(CATEGORIES)
     assert [*found["xstest"]] == [*CATEGORIES, "+".join(CATEGORIES)]
     assert {cell["n"] for cell in found["xstest"].values()} == {1}
+
+
+def test_own_refusals_are_asked_again_under_a_policy_of_another_category():
+    job = object.__new__(real.Job)
+    job.categories, job.declined = CATEGORIES[:2], lambda *asked: [*zip(*asked)]
+    own = [mosaic.Request(name, name) for name in CATEGORIES[:3]]
+    first, second, third = job.kept(own)
+    assert first == (own[0].prompt, [CATEGORIES[1]])
+    assert second == (own[1].prompt, [CATEGORIES[0]])
+    assert third[1][0] in CATEGORIES[:2]
+    job.categories = CATEGORIES[:1]  # then the first has no other
+    assert job.kept(own) == [(q.prompt, [CATEGORIES[0]]) for q in own[1:]]
 
 
 # --- Fuzz, interruptions, speed -------------------------------------------------------

@@ -300,6 +300,21 @@ def test_control_tokens_stand_at_their_place_and_padding_only_at_one_side(
         assert (labels[i] != IGNORE).sum() == len(row.answer)
 
 
+@pytest.mark.parametrize("device, parts", [("cuda", [5]), ("cpu", [3, 2])])
+def test_a_gpu_reads_a_batch_whole_and_a_cpu_in_two_halves(device, parts, monkeypatch):
+    read = []
+
+    def logits(model, rows):
+        read.append(len(rows))
+        return torch.tensor([[float(i)] for i in rows]), torch.tensor(rows)
+
+    monkeypatch.setattr(mosaic, "padded_logits", logits)
+    model = SimpleNamespace(device=torch.device(device))
+    found, labels = mosaic.answer_logits(model, [1, 2, 3, 4, 5])
+    assert read == parts
+    assert found[:, 0].tolist() == labels.tolist() == [1, 2, 3, 4, 5]
+
+
 def test_cudnns_attention_is_shut_out_of_the_forward_and_of_nothing_else(
     model, tokenizer, tokens
 ):

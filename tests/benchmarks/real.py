@@ -93,7 +93,7 @@ def flags() -> argparse.Namespace:
     add("--references", default="", help="a file that keeps the backbone's answers")
     add("--no_answers", action="store_true", help="AUC only, no DSR and OR")
     add("--test", action="store_true", help="measure on the test split at the end, "
-        "also in a second turn and on border cases")
+        "also in a second turn, on border cases and on what the backbone declines")
     add("--xstest", default="", help="XSTest's prompts (CSV): the safe ones declined")
     add("--sweep", help="a file with a line of flags for each run, all at once")
     add("--picture", nargs="+", help="an SVG file to draw, and the runs' files")
@@ -249,6 +249,7 @@ class Job:
             found = mosaic.reference_answers(
                 self.model, self.tokenizer, asked, 24, self.big)
             held[split] = [q for q in found if not mosaic.is_refusal(q.text)]
+            held["declined"] = [q for q in found if mosaic.is_refusal(q.text)]
             print(f"{split}: the backbone answers {len(held[split])} of {len(found)}")
         if self.args.test:  # the same, each after a harmless request and its answer
             rng = random.Random(0)
@@ -417,6 +418,15 @@ class Job:
         answers = self.respond(prompts, policies)
         return mosaic.share([*map(mosaic.is_refusal, answers)])
 
+    def kept(self, own: list) -> dict[str, float]:
+        """Of what the backbone declines by itself, declined under another's policy."""
+        rng, prompts, policies = random.Random(0), [], []
+        for q in own:
+            if others := [name for name in self.categories if name != q.category]:
+                prompts.append(q.prompt)
+                policies.append([rng.choice(others)])
+        return self.declined(prompts, policies)
+
     def evaluate(self) -> None:
         """AUC, DSR, OR and near-miss OR on validation or, with --test, on test."""
         if self.args.no_answers:
@@ -431,6 +441,7 @@ class Job:
             odd = [order for order in orders if order % 2]
             self.result["second_turn"] = self.shares("second turn", odd, 2)
             write(self.args.output, self.result)  # a lease may end
+            self.result["own_refusals_kept"] = self.kept(self.held["declined"])
             self.result["border"] = {
                 kind: self.declined(*asked)
                 for kind, asked in border_cases(self.categories).items()}
