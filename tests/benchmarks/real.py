@@ -78,7 +78,7 @@ def flags() -> argparse.Namespace:
     add("--tokens_per_category", type=int, default=20)
     add("--tokens", default="", help="a saved table: nothing is trained")
     add("--start", choices=("words", "name", "normal"), default="words")
-    add("--start_scale", type=float, default=1, help="times the usual length of the start")
+    add("--start_scale", type=float, default=1, help="times the default length")
     add("--refusal", default=mosaic.REFUSAL, help="the sentence that is trained")
     for name in KNOBS:
         value = getattr(default, name)
@@ -341,7 +341,8 @@ class Job:
             early = self.progress < self.args.first_order_until
             orders = [1] if early else self.orders
             for tasks in sampler.epoch(orders, config.batch_size):
-                yield sorted(tasks, key=lambda task: len(task.request.placed)), rng
+                tasks = sorted(tasks, key=lambda task: len(task.request.placed))
+                yield tasks, rng
 
     def losses(self, tasks: list[Task], rng: random.Random) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and what is logged of it."""

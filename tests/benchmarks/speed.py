@@ -78,7 +78,8 @@ class Job:
             self.learn, self.categories, self.categories, 100, 1.0, random.Random(0))
         batches = sampler.epoch((1, 2, 3, 4), flags.batch_size)[: flags.steps]
         self.batches = [
-            sorted(tasks, key=lambda task: len(task.request.placed)) for tasks in batches]
+            sorted(batch, key=lambda task: len(task.request.placed))
+            for batch in batches]
         self.m = flags.tokens_per_category
         self.tokens = ControlTokens.for_model(
             self.model, self.tokenizer, self.categories, self.m)
