@@ -54,7 +54,6 @@ class Real(palette.Bench):
         if args.bf16:
             self.model.to(torch.bfloat16)
         self.model.eval().requires_grad_(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN: see mosaic.padded_logits
         self.layers = self.model.get_decoder().layers
         self.words = {}  # no licences
         refusal = mosaic.refusal_ids(self.model, self.tokenizer, mosaic.REFUSAL)
@@ -159,6 +158,7 @@ def main() -> None:
     add("--json", default="runs/palette_real.json")
     args = parser.parse_args()
     began = time.time()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN: see mosaic.padded_logits
     bench = Real(args)
     print(json.dumps({"declined": bench.counts, "first": bench.first}), flush=True)
     if missing := [name for name in args.allow if name not in bench.domains]:
