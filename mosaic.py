@@ -83,12 +83,19 @@ Prompt = str | Sequence[dict[str, str]]  # a user's words, or messages (role, co
 
 @dataclass(frozen=True)
 class Request:
-    """A labelled request. `near` names the category that a neutral one sounds like."""
+    """A labelled request. `near` names the category that a neutral one sounds like.
+
+    ValueError: near, and not neutral.
+    """
 
     prompt: Prompt
     category: str
     split: str = "train"
     near: str | None = None
+
+    def __post_init__(self):
+        if self.near and self.category != NEUTRAL:
+            raise ValueError(f"{self.prompt!r:.80}: only {NEUTRAL} ones can be near")
 
 
 def as_messages(prompt: Prompt) -> list[dict]:
@@ -96,9 +103,10 @@ def as_messages(prompt: Prompt) -> list[dict]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     for message in prompt:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        texts = message.items() if isinstance(message, dict) else ()
+        if not {"role", "content"} <= {key for key, v in texts if isinstance(v, str)}:
             raise ValueError(f"{message!r:.80} is no message (role, content)")
-    if "user" not in [message.get("role") for message in prompt]:
+    if "user" not in [message["role"] for message in prompt]:
         raise ValueError(f"no message with role 'user' in {prompt!r:.80}")
     return [*prompt]
 
@@ -157,7 +165,7 @@ def fingerprint(model: Model) -> str:
 
 
 def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
-    """Standard deviation of the backbone's embeddings: the unit of start and steps.
+    """Standard deviation of the backbone's embeddings: the unit of the learning rate.
 
     About 0.01 in Llama 3, 0.015 in Qwen2.5, 0.14 in SmolLM2.
     """
@@ -187,19 +195,20 @@ def telling_ids(
 ) -> list[int]:
     """The m token ids that tell the category's training requests best from the others'.
 
-    Those of its name where there are no such requests; fewer than m come round again.
+    Near misses, which have its words, do not count. Those of its name where there are
+    no such requests; fewer than m come round again.
     """
     own, others = [], []
     for request in requests:
-        if request.split == "train":
+        if request.split == "train" and not request.near:
             ids = tokenizer(user_words(request.prompt)[-1], add_special_tokens=False)
             side = own if request.category == category else others
             side.append({*ids["input_ids"]})
     inside, outside = (Counter(itertools.chain(*side)) for side in (own, others))
 
-    def weight(i: int) -> float:  # the share of own that has it, times how much larger
-        share = (inside[i] + 1) / (len(own) + 2)
-        return share * math.log(share * (len(others) + 2) / (outside[i] + 1))
+    def weight(i: int) -> float:  # how common it is here, times how much less elsewhere
+        here = (inside[i] + 1) / (len(own) + 2)
+        return here * math.log(here * (len(others) + 2) / (outside[i] + 1))
 
     ids = sorted(inside, key=weight, reverse=True)
     ids = ids or tokenizer(category, add_special_tokens=False)["input_ids"]
@@ -279,8 +288,9 @@ class ControlTokens(nn.Module):
         active = canonical(policy, self.categories)
         active = rng.sample(active, len(active)) if rng else active
         chosen = [self.vectors[self.categories.index(name)] for name in active]
-        # (0, D), r x (M, D) -> (r*M, D): an empty policy is one too.
-        return torch.cat([self.vectors[0][:0], *chosen])
+        # (0, D), r x (M, D) -> (r*M, D): an empty policy is one too. Detached: a gradient
+        # of zeros is one, with which an optimiser would go on by its momentum.
+        return torch.cat([self.vectors[0].detach()[:0], *chosen])
 
     def freeze(self, categories: Policy) -> None:
         """Keep these categories' vectors bit-identical from now on."""
@@ -348,6 +358,10 @@ POLICY_TEMPLATE = """\
 {%- set control_tokens = CONTROL_TOKENS -%}
 {%- set known = control_tokens | join(", ") -%}
 {%- set no_list = policy is string or policy is mapping -%}
+{#- Control tokens have learned answers only, of a model that may think aloud first. -#}
+{%- if policy and enable_thinking is not defined -%}
+    {%- set enable_thinking = false -%}
+{%- endif -%}
 {%- for name in policy or [] if no_list or name not in control_tokens -%}
     {{- raise_exception("bad policy: it must be a list, of " ~ known) -}}
 {%- endfor -%}
@@ -434,7 +448,7 @@ def template_ids(tokenizer: Tokenizer, prompt: Prompt, policy: Policy) -> list[i
     """
     return tokenizer.apply_chat_template(
         as_messages(prompt), policy=policy, add_generation_prompt=True,
-        return_dict=True, enable_thinking=False,  # or Qwen3 would think aloud first
+        return_dict=True, enable_thinking=False,  # Qwen3 would think aloud first
     )["input_ids"]
 
 
@@ -589,13 +603,15 @@ def generate(
 
     Without policies the bare backbone answers, and `tokens` may be None. `options` are
     those of `generate_ids`. ValueError: an unknown category, not one policy per prompt,
-    a table of another backbone.
+    no table or one of another backbone.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list; put a single one in [ ]")
+    policies = [()] * len(prompts) if policies is None else policies
     if tokens is not None:
         tokens.check(model)
-    policies = [()] * len(prompts) if policies is None else policies
+    elif any(policies):
+        raise ValueError("a policy needs a table of control tokens")
     pairs = zip(prompts, policies, strict=True)
     rows = [control_row(tokenizer, tokens, s, p) for p, s in pairs]
     answers = generate_ids(model, tokenizer, rows, max_new_tokens, **options)
@@ -734,6 +750,7 @@ class OrderSampler:
     ):
         self.categories, self.trainable, self.rng = categories, trainable, rng
         self.per_subset, self.ratio = per_subset, ratio
+        # By kind of request: (category, is it a near miss).
         pools: dict[tuple[str, bool], list[Request]] = {}
         for request in rng.sample(requests, len(requests)):
             pools.setdefault((request.category, bool(request.near)), []).append(request)
@@ -750,7 +767,6 @@ class OrderSampler:
         each, rest = divmod(min(cap, self.per_subset * len(policies)), len(policies))
         self.rng.shuffle(policies)  # so that the remainder falls anywhere
         positives, negatives = [], []
-        # A kind of request: (category, is it a near miss).
         for i, policy in enumerate(policies):
             # Differs from the paper, which does not say: positives evenly over the
             # active categories, so that no set of tokens rides on another's back ...
@@ -805,7 +821,8 @@ class TrainConfig:
     def __post_init__(self):
         for name, value in asdict(self).items():
             may_be_0 = name.endswith("weight") or name in ("later_turns", "seed")
-            least, most = 0 if may_be_0 else 1e-9, 1 if name == "later_turns" else 1e9
+            least = 0 if may_be_0 else 1 if isinstance(value, int) else 1e-9
+            most = 1 if name == "later_turns" else 1e9
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise ValueError(f"{name} is {value}; it must be in {least}..{most:g}")
         if self.optimizer not in ("muon", "adam"):
@@ -831,20 +848,22 @@ def reference_answers(
     out = generate_ids(model, tokenizer, rows, max_new_tokens, batch_size, "references")
     return [
         Reference(
-            **vars(request), bare=tuple(row.prompt), answer=tuple(ids),
-            placed=tuple(prompt_ids(tokenizer, request.prompt, place=True)),
+            q.prompt, q.category, q.split, q.near, bare=tuple(row.prompt),
+            placed=tuple(prompt_ids(tokenizer, q.prompt, place=True)),
+            answer=tuple(ids),
             text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
         )
-        for request, row, ids in zip(requests, rows, out, strict=True)
+        for q, row, ids in zip(requests, rows, out, strict=True)
     ]
 
 
 def later_turn(before: Reference, request: Request) -> Request:
-    """A request in a chat, after another one and its answer."""
+    """A request in a chat, after another one and its answer; one system message leads."""
     answer = {"role": "assistant", "content": before.text}
-    words = [m for m in as_messages(request.prompt) if m["role"] != "system"]
-    chat = [*as_messages(before.prompt), answer, *words]
-    return Request(chat, request.category, request.split, request.near)
+    chat = [*as_messages(before.prompt), answer, *as_messages(request.prompt)]
+    system = [message for message in chat if message["role"] == "system"][:1]
+    said = [message for message in chat if message["role"] != "system"]
+    return Request([*system, *said], request.category, request.split, request.near)
 
 
 def training_references(
@@ -918,8 +937,8 @@ def batch_losses(
     """Of a batch: L_ref, L_LM and L_KD, and two shares, (5,).
 
     Each loss is summed over its tasks and divided by the number of all tasks. The
-    shares: of active and of other requests, those whose answer would begin as the
-    refusal does.
+    shares: of active and of other requests, those whose answer's first token would be
+    the refusal's.
     """
     logits, labels = answer_logits(model, rows)  # (N, V), (N,)
     lengths = torch.tensor([len(row.answer) for row in rows]).to(labels)  # (B,)
@@ -995,7 +1014,7 @@ def train(
     """Train the table in place on the "train" split; returns the means of each epoch.
 
     They are the three losses, and of active and of other requests the share whose
-    answer would begin as the refusal does: if both rise together, all is declined.
+    first token would be the refusal's: if both rise together, all is declined.
     The backbone stays in eval mode and without gradients. Same seed, CPU and prompts
     (some templates write the date): the same tokens, bit for bit. Frozen categories
     take part in policies and stay as they are. `references`: what
@@ -1077,8 +1096,9 @@ def evaluate(
     itself, and those of other splits. The default judge knows REFUSAL and English: a
     table with another sentence needs another. ValueError: an order no policy has.
     """
-    rng, results = random.Random(seed), []
+    results = []
     for r in orders:
+        rng = random.Random(f"{seed}, order {r}")  # whichever orders are asked for
         policies = subsets(categories, r, most_policies, rng)
         if not policies:
             raise ValueError(f"no policy of {len(categories)} categories has order {r}")
@@ -1153,10 +1173,8 @@ def export_checkpoint(
     exported.save_pretrained(part)
     # As they came: save_pretrained refuses some settings that loading accepts.
     settings.to_json_file(f"{part}/generation_config.json")
-    asked, wanted = "Odds of 7/2?", []
-    for i in prompt_ids(tokenizer, asked, place=True):
-        wanted += ids if i == PLACE else [i]
-    read = template_ids(AutoTokenizer.from_pretrained(part), asked, tokens.categories)
-    if read != wanted:  # some tokenizers are read back as another class
+    case = "Odds of 7/2?", tokens.categories
+    read = template_ids(AutoTokenizer.from_pretrained(part), *case)
+    if read != template_ids(exported, *case):  # some are read back as another class
         raise ValueError(f"{part} makes other ids than training: {read}")
     os.replace(part, folder)

@@ -26,7 +26,7 @@ from transformers import TextStreamer
 
 import mosaic
 from data_sample.reading import (
-    SPLITS, one_line, read_backbone, read_requests, read_summaries, refuse
+    SPLITS, find_on_hub, one_line, read_backbone, read_requests, read_summaries, refuse
 )
 from mosaic import NEUTRAL, ControlTokens, TrainConfig, evaluate, generate, is_refusal
 
@@ -171,11 +171,13 @@ def show_answers(model, tokenizer, tokens, requests) -> list[tuple[str, str, str
     prompts = {q.category: q.prompt for q in reversed(requests)}  # the first of each
     for category in filter(prompts.get, every):
         prompt, other = prompts[category], every[every.index(category) - 1]
-        policies = [], [category], [other], every
-        said = generate(model, tokenizer, tokens, [prompt] * 4, policies, SHOWN_TOKENS)
+        under = ["none", category, *{other} - {category}, "all"]
+        policies = [], *([name] for name in under[1:-1]), every
+        asked = [prompt] * len(under)
+        said = generate(model, tokenizer, tokens, asked, policies, SHOWN_TOKENS)
         title = f"{category}: {mosaic.user_words(prompt)[-1]}"
         print(f"\n{title}")
-        for name, answer in zip(("none", category, other, "all"), said):
+        for name, answer in zip(under, said):
             print(f"{name:>12} | {' '.join(answer.split())}")
             shown.append((title if name == "none" else "", name, answer))
     return shown
@@ -247,14 +249,24 @@ def chat(path: str, model, tokenizer) -> None:
 # --- What a user brings ---------------------------------------------------------------
 
 
+def default_model(device: str, table: str = "") -> str:
+    """The backbone that a saved table was made for; without one, by the device."""
+    if table:
+        made_for = ControlTokens.load(table).made_for["backbone"]
+        if Path(made_for).name != EMBEDDED.name:
+            return made_for
+    elif device == "cuda":
+        try:
+            find_on_hub(ON_CUDA)
+            return ON_CUDA
+        except Exception as error:  # whatever the hub's client raises
+            print(f"no {ON_CUDA}: {one_line(error)}; taking the embedded backbone")
+    return os.path.relpath(EMBEDDED)
+
+
 def load_backbone(name: str, device: str):
     """(model, tokenizer, name): the one named or, without a name, the default."""
-    if not name and device == "cuda":
-        try:
-            return *read_backbone(ON_CUDA, device), ON_CUDA
-        except ValueError as error:
-            print(f"{error}; taking the embedded backbone instead")
-    name = name or os.path.relpath(EMBEDDED)
+    name = name or default_model(device)
     return *read_backbone(name, device), name
 
 
@@ -268,24 +280,26 @@ def fits(model, tokenizer, tokens: ControlTokens | None, prompt, answer: int) ->
 
 def load_tokens(flags, model, tokenizer, requests) -> ControlTokens:
     """A saved table, grown by --add, or a fresh one. ValueError: it does not fit."""
-    learn = [q for q in requests if q.split == "train" and not q.near]
     if flags.tokens:
         tokens = ControlTokens.load(flags.tokens, model)
         tokens.freeze(tokens.categories)
-        tokens.add(model, tokenizer, flags.add, requests=learn, seed=flags.seed)
+        tokens.add(model, tokenizer, flags.add, requests=requests, seed=flags.seed)
         flags.tokens_per_category = len(tokens.vectors[0])
         return tokens
-    found = [c for c in dict.fromkeys(q.category for q in learn) if c != NEUTRAL]
+    found = dict.fromkeys(q.category for q in requests if q.split == "train")
+    found.pop(NEUTRAL, None)
     refuse(not found, f"{flags.data}: no request to learn from; it takes some with "
            f"split train and a category other than {NEUTRAL}")
     return ControlTokens.for_model(
-        model, tokenizer, found, flags.tokens_per_category, learn, seed=flags.seed)
+        model, tokenizer, [*found], flags.tokens_per_category, requests,
+        seed=flags.seed)
 
 
 def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> None:
     """ValueError: what would end a training in vain, or give figures that mislead."""
     known = [*tokens.categories, NEUTRAL]
     answer = max(SHOWN_TOKENS, config.answer_tokens)
+    earlier = config.answer_tokens if config.later_turns else 0  # an answer in a chat
     refuse("test" not in {q.split for q in requests},
            f"{flags.data}: no request has split 'test'; take more rows")
     for q in requests:
@@ -295,8 +309,9 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
                    f"known here are {', '.join(known)}")
             chat = mosaic.later_turn(mosaic.Reference(**vars(q), text="Yes."), q)
             prompt = chat.prompt if config.later_turns else q.prompt
-            refuse(not fits(model, tokenizer, tokens, prompt, answer), "too long for "
-                   "the model, with tokens and answers; --later_turns 0 needs less")
+            refuse(not fits(model, tokenizer, tokens, prompt, earlier + answer),
+                   "too long for the model, with tokens and answers; --later_turns 0 "
+                   "needs less")
             if q.split == "test":
                 ruled = instruct(q.prompt, tokens.categories, summaries, tokenizer)
                 refuse(not fits(model, tokenizer, None, ruled, answer), "too long for "
@@ -304,6 +319,10 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
                        f"of {flags.summaries}, or the categories' names")
         except (ValueError, TemplateError) as error:  # a role that the template lacks
             raise ValueError(f"{flags.data}, {q.prompt!r:.60}: {error}") from error
+    learn = {q.category for q in requests if q.split == "train" and not q.near}
+    lacking = [repr(c) for c in known if c not in learn]
+    refuse(tokens.trainable and lacking, f"{flags.data}: no training request of category "
+           f"{', '.join(lacking)}; training takes some of each, and {NEUTRAL} ones")
 
 
 # --- The command line -----------------------------------------------------------------
@@ -317,8 +336,9 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
     parser.error = stop  # argparse would print the whole usage
     add = parser.add_argument
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--model", default="", help="chat model: folder, GGUF file or hub name; empty: "
-                                    f"the embedded one, or {ON_CUDA} on CUDA")
+    add("--model", default="", help="chat model: folder (a LoRA adapter's, too), GGUF "
+        f"file or hub name; empty: that of a saved table, or else {ON_CUDA} with CUDA, "
+        "the embedded one without")
     add("--data", default=str(REQUESTS),
         help="requests: JSON lines, CSV, TSV, Parquet, or a dataset of the hub, as "
              "name:config; optional columns are split (else by a hash) and near")
@@ -340,11 +360,13 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
         add(f"--{knob.name}", type=kind, nargs=many, default=knob.default,
             help="see TrainConfig in mosaic.py")
     asked = parser.parse_known_args()[0]
-    if asked.device == "cuda":
+    name = asked.model or default_model(asked.device, asked.chat or asked.tokens)
+    if asked.device == "cuda" and Path(name).resolve() != EMBEDDED:
         parser.set_defaults(**CUDA_DEFAULTS)
-        if not asked.model:
+        if name == ON_CUDA:
             parser.set_defaults(learning_rate=QWEN_RATE)
     flags = parser.parse_args()
+    flags.model = name
     refuse(flags.add and not flags.tokens, "--add grows a saved table: give --tokens")
     output, export = Path(flags.output).resolve(), Path(flags.export).resolve()
     refuse(flags.export and (export.exists() or output.is_relative_to(export)),

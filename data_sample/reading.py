@@ -52,8 +52,8 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
     options["trust_remote_code"] = False  # else transformers asks, and runs it on a "y"
     dtype, loading = torch.bfloat16 if device == "cuda" else torch.float32, {}
     try:
-        if not (os.path.isdir(source) or try_to_load_from_cache(source, "config.json")):
-            get_hf_file_metadata(hf_hub_url(source, "config.json"))  # one try, not 19
+        if not os.path.isdir(source):
+            find_on_hub(source)
         if os.path.isfile(f"{source}/adapter_config.json"):
             from peft import AutoPeftModelForCausalLM
 
@@ -72,7 +72,9 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
         prompt_ids(tokenizer, "Hi", place=True)  # does its template work?
         causal = is_causal(model)  # does it run?
     except Exception as error:  # anything at all can be wrong with a checkpoint
-        raise ValueError(f"model {name} cannot be used: {one_line(error)}") from error
+        where = "" if os.path.isdir(source) else "no such folder, and on the hub: "
+        what = f"model {name} cannot be used: {where}{one_line(error)}"
+        raise ValueError(what) from error
     for kind in "mismatched", "missing", "unexpected":
         if keys := sorted(loading.get(f"{kind}_keys", ())):
             told = f"model {name} has {len(keys)} {kind} weights, first {keys[0]}"
@@ -81,6 +83,12 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
     refuse(not causal, f"model {name} reads what comes after a word, as BERT "
            "does; take one that writes from left to right")
     return model, tokenizer
+
+
+def find_on_hub(name: str) -> None:
+    """One look for a checkpoint, kept here or on the hub; from_pretrained takes 19."""
+    if not try_to_load_from_cache(name, "config.json"):
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
 
 
 @torch.no_grad()
@@ -234,7 +242,8 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     is_hub = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]+(:[^/].*)?", path)
     is_local = os.path.isdir(name) or re.search(r"\.[A-Za-z]{2,7}$", name)
     refuse(is_local or not is_hub,
-           f"{path}: no such file; name one (no folder), or a dataset of the hub")
+           f"{path}: {'a folder' if os.path.isdir(path) else 'no such file'}; name a "
+           "file, or a dataset of the hub")
     return typed_rows(path)
 
 

@@ -14,6 +14,7 @@ import mosaic
 from mosaic import REFUSAL, ControlTokens, Row
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import data
 import fuzz
 import peers
 import real
@@ -325,3 +326,20 @@ def test_speed_prints_a_row_for_each_way():
     words = ["--model", str(robustness.EMBEDDED), "--steps", "1", "--rounds", "1"]
     out = run("speed.py", *words, "--batch_size", "2")
     assert all(f"| {name} | " in out for name in speed.WAYS)
+
+
+def test_what_a_probe_tells_apart_is_counted_over_all_policies_of_an_order():
+    y = torch.tensor([0, 0, 1, 1, 2, 2])  # two categories, then neutral
+    near = torch.tensor([False] * 5 + [True])
+    sure = torch.full((6, 3), -9.0).scatter(1, y[:, None], -0.001)
+    best = {"auc": 1.0, "dsr": 1.0, "near_miss": 0.0}
+    assert data.told_apart(sure, y, near, 2) == {1: best, 2: best}
+    log_p = torch.randn(6, 3, generator=torch.manual_seed(0)).log_softmax(-1)
+    p = log_p.exp()
+    active, others = [], []
+    for category in (0, 1):
+        for odds, kind in zip(p[:, category] / (1 - p[:, category]), y):
+            (active if kind == category else others).append(odds.item())
+    above = [a > b for a in active for b in others]  # whatever their policies are
+    found = data.told_apart(log_p, y, near, 2)
+    assert found[1]["auc"] == round(sum(above) / len(above), 4)

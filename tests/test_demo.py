@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -395,7 +396,7 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     (DATA + "--output d.jsonl/deeper", GOOD, "Not a directory: 'd.jsonl/deeper'"),
     ("--tokens_per_category 0", None, "cannot make 0 tokens for each"),
     # The ranges of TrainConfig
-    ("--epochs 0", None, "epochs is 0; it must be"),
+    ("--epochs 0", None, "epochs is 0; it must be in 1..1e+09"),
     ("--batch_size -1", None, "batch_size is -1; it must be"),
     ("--answer_tokens 0", None, "answer_tokens is 0; it must be"),
     ("--positives_per_subset 0", None, "positives_per_subset is 0; it must be"),
@@ -416,6 +417,7 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     (DATA, NEUTRAL_ROW, "d.jsonl: no request to learn from"),
     (DATA, TEST, "d.jsonl: no request to learn from"),
     (DATA, ROW + NEUTRAL_ROW, "d.jsonl: no request has split 'test'"),
+    (DATA, ROW + TEST, "d.jsonl: no training request of category 'neutral'; training"),
     (DATA, ROW + TEST.replace('"b"', '"e"'), "d.jsonl, 'c': unknown category 'e'"),
     (
         DATA, GOOD + NEUTRAL_ROW.replace("}", ', "near": "no"}').replace("n", "m", 1),
@@ -423,6 +425,10 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ),
     (
         DATA, GOOD + ROW.replace('"a"', '"' + "word " * 9999 + '"'),
+        "too long for the model, with tokens and answers; --later_turns 0",
+    ),
+    (  # an answer, after another one of a turn before
+        DATA + "--answer_tokens 300", GOOD,
         "too long for the model, with tokens and answers; --later_turns 0",
     ),
     # The summaries
@@ -514,7 +520,6 @@ def test_a_template_of_a_single_turn_is_told_before_it_is_trained(tiny, tmp_path
     [
         ("--orders 0", GOOD, "with orders [0]: take a category not frozen"),
         ("--orders 1 2", GOOD, "with orders [1, 2]: take a category not frozen"),
-        ("", ROW + TEST, "no training request of category 'neutral'"),
     ],
 )
 def test_what_the_training_refuses_is_told_in_one_line_before_its_first_step(
@@ -787,28 +792,54 @@ def test_without_a_network_a_hub_name_is_looked_for_once(no_network, name):
     assert 1 <= len(no_network) <= 2
 
 
-def test_on_cuda_training_is_longer_unless_flags_say_otherwise(monkeypatch):
+@pytest.fixture
+def flags_on_cuda(monkeypatch):
+    """What read_flags makes of a command line where torch has CUDA."""
+
+    def read(*words):
+        monkeypatch.setattr(sys, "argv", ["train_demo.py", *map(str, words)])
+        return train_demo.read_flags()
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return read
 
-    def config(*words):
-        monkeypatch.setattr(sys, "argv", ["train_demo.py", *words])
-        return train_demo.read_flags()[1]
 
-    ours, mine = config("--epochs", "3"), config("--model", "mine")
+def test_on_cuda_training_is_longer_unless_flags_say_otherwise(
+    flags_on_cuda, monkeypatch
+):
+    monkeypatch.setattr(train_demo, "find_on_hub", lambda name: None)
+    (flags, ours), (_, mine) = flags_on_cuda("--epochs", 3), flags_on_cuda("--model", "x")
+    assert flags.model == train_demo.ON_CUDA and flags.tokens_per_category == 20
     assert (ours.batch_size, ours.epochs, ours.learning_rate) == (64, 3, 2.0)
     assert (mine.batch_size, mine.epochs, mine.learning_rate) == (64, 24, 0.7)
-    assert config("--device", "cpu") == mosaic.TrainConfig()
+    assert flags_on_cuda("--device", "cpu")[1] == mosaic.TrainConfig()
 
 
-def test_on_cuda_without_a_network_the_default_says_what_it_takes_instead(
-    no_network, monkeypatch, capsys
+@pytest.mark.parametrize("words", [[], ["--model", EMBEDDED]])
+def test_on_cuda_the_embedded_backbone_is_trained_as_on_a_cpu(
+    words, flags_on_cuda, no_network, capsys
 ):
-    monkeypatch.setattr(train_demo, "ON_CUDA", "nobody/nothing")
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
-    model, _, name = train_demo.load_backbone("", "cuda")
-    assert name.endswith("tiny_chat") and model.dtype == torch.bfloat16
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "model nobody/nothing cannot be used" in line
-    assert line.endswith("taking the embedded backbone instead")
-    with pytest.raises(ValueError, match="cannot be used"):  # one that was asked for
-        train_demo.load_backbone("nobody/nothing", "cuda")
+    flags, config = flags_on_cuda(*words)
+    assert config == mosaic.TrainConfig() and flags.tokens_per_category == 5
+    assert Path(flags.model).name == "tiny_chat" and flags.device == "cuda"
+    lines = capsys.readouterr().out.splitlines()
+    if not words:  # it is taken in place of the default, and that is said
+        (line,) = lines
+        assert f"no {train_demo.ON_CUDA}: " in line and "not known; taking" in line
+    assert len(lines) == len(no_network) == (not words)
+
+
+@pytest.mark.parametrize("flag", ["--chat", "--tokens"])
+def test_a_saved_table_brings_its_own_backbone(flag, tokens, flags_on_cuda, tmp_path):
+    flags, config = flags_on_cuda(flag, EMBEDDED.parent / "tokens.safetensors")
+    assert Path(flags.model).resolve() == EMBEDDED and config == mosaic.TrainConfig()
+    tokens.made_for["backbone"] = "some/model"
+    tokens.save(str(tmp_path / "tokens.safetensors"))
+    assert flags_on_cuda(flag, tmp_path / "tokens.safetensors")[0].model == "some/model"
+
+
+def test_with_one_category_no_answer_is_shown_twice(backbone, tokenizer):
+    tokens = ControlTokens.for_model(backbone, tokenizer, ["tea"])
+    asked = [mosaic.Request("How long do I steep green tea?", "tea")]
+    shown = train_demo.show_answers(backbone, tokenizer, tokens, asked)
+    assert [under for _, under, _ in shown] == ["none", "tea", "all"]

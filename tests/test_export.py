@@ -295,16 +295,13 @@ def test_the_template_puts_a_policy_where_training_does_in_the_tables_order(
     if "gemma" not in manner:
         chats.append(turns("Odds?", "Which?", " Odds? ", system="Be kind."))
     for chat in chats:
-        if manner != "qwen 3":  # which generate tells not to think, and a caller need
+        if manner != "qwen 3":  # which generate tells not to think, policy or none
             for nothing in ([], None):
                 assert templated(reader, chat, nothing) == mosaic.prompt_ids(
                     tokenizer, chat
                 )
-        ids = reader.apply_chat_template(
-            chat, policy=["sex", "alcohol"], add_generation_prompt=True,
-            return_dict=True, enable_thinking=False,
-        )["input_ids"]
         placed = mosaic.prompt_ids(tokenizer, chat, place=True)
+        ids = templated(reader, chat, ["sex", "alcohol"])
         assert ids == filled(placed, reader.convert_tokens_to_ids(names))
 
 

@@ -273,7 +273,7 @@ CHATS = {  # the last words, without blanks, are always "Odds?"
 def test_control_tokens_stand_right_before_all_that_the_user_says(manner, chat):
     tokenizer, chat = tokenizer_like(manner), CHATS[chat]
     if "system" in str(chat) and manner in ("gemma", "gemma 3"):
-        return  # these take none
+        pytest.skip("these take none")
     bare = mosaic.prompt_ids(tokenizer, chat)
     placed = mosaic.prompt_ids(tokenizer, chat, place=True)
     if chat == "Odds?":

@@ -6,8 +6,11 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import runpy
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,8 +25,8 @@ from transformers import PreTrainedModel
 
 import mosaic
 from mosaic import (
-    IGNORE, NEUTRAL, PLACE, REFUSAL, ControlTokens, OrderSampler, Request, Row, Task,
-    TrainConfig,
+    IGNORE, NEUTRAL, PLACE, REFUSAL, ControlTokens, OrderSampler, Reference, Request,
+    Row, Task, TrainConfig,
 )
 
 ASKED = [
@@ -156,6 +159,8 @@ def test_tokens_start_at_the_words_that_tell_a_category_from_the_others(tokenize
     assert words(DAILY[::-1], "alcohol", 2) == ["gin", "wine"]
     unseen = [*DAILY, *(Request("a beer", "alcohol", "test") for _ in range(9))]
     assert words(unseen, "alcohol", 12) == words(DAILY, "alcohol", 12)
+    near = [*DAILY, *[Request("the gin today", NEUTRAL, near="alcohol")] * 9]
+    assert words(near, "alcohol", 2) == ["gin", "wine"]
     assert words([], "alcohol", 1) == [tokenizer.decode(own_ids(tokenizer, "alcohol"))]
     chat = [{"role": "system", "content": "odd"}, *mosaic.as_messages("the gin")]
     assert {*words([Request(chat, "alcohol")], "alcohol", 9)} == {"the", "gin"}
@@ -273,11 +278,6 @@ def test_a_full_disk_leaves_what_was_there_and_no_half_of_a_file(
 
 
 # --- 3. From prompt to batch to logits ------------------------------------------------
-
-
-def test_a_user_who_types_the_mark_makes_no_second_place(tokenizer):
-    for typed in (f"Hi {mosaic.MARK} you", mosaic.MARK):
-        assert mosaic.prompt_ids(tokenizer, typed, True).count(PLACE) == 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -610,6 +610,15 @@ def test_a_hundred_categories_are_sampled_without_enumerating_subsets():
     assert time.process_time() - began < 20  # enumerating would never end
 
 
+def test_the_same_seed_draws_the_same_subsets_in_another_process():
+    code = ("import random, mosaic; every = [f'c{i}' for i in range(40)]; "
+            "print(mosaic.subsets(every, 20, 6, random.Random(0)))")
+    drawn = {subprocess.check_output(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}
+    ) for seed in "123"}
+    assert len(drawn) == 1
+
+
 def test_growth_samples_only_subsets_with_a_category_that_still_learns():
     positives, _ = sides_of(2, CATEGORIES, trainable=["sex"])
     assert {task.policy for task in positives} == {(c, "sex") for c in CATEGORIES[:4]}
@@ -703,6 +712,20 @@ def test_a_share_of_the_requests_comes_again_in_a_later_turn(
         for i, turn in zip(at, (first, last), strict=True):
             said = [token for token in again.placed[i:] if token != PLACE]
             assert tokenizer.decode(said).startswith(turn["content"])
+
+
+def test_a_later_turn_keeps_its_own_system_message_if_there_is_no_other():
+    before = Reference("Odds?", "betting", text="Seven to two.")
+    system = {"role": "system", "content": "Be brief."}
+    chat = [system, *mosaic.as_messages("And now?")]
+    again = mosaic.later_turn(before, Request(chat, "betting"))
+    roles = [message["role"] for message in again.prompt]
+    assert again.prompt[0] == system and roles[1:] == ["user", "assistant", "user"]
+
+
+def test_references_are_made_of_references_too(model, tokenizer, requests):
+    once = mosaic.reference_answers(model, tokenizer, requests[:3], 4)
+    assert mosaic.reference_answers(model, tokenizer, once, 4) == once
 
 
 def test_a_later_turn_keeps_the_first_system_message_and_no_second(model, tokenizer):
@@ -830,12 +853,12 @@ def test_no_position_of_a_training_batch_is_without_anything_to_attend_to(
     assert len(masks) == 4
 
 
+@pytest.mark.parametrize("policy", [("addiction", "sex"), ("alcohol", "sex"), ("sex",)])
 def test_gradients_reach_the_active_categories_and_nothing_else(
-    model, tokenizer, tokens, requests
+    policy, model, tokenizer, tokens, requests
 ):
     model.requires_grad_(False)
     some = mosaic.reference_answers(model, tokenizer, requests, 8)
-    policy = ("alcohol", "sex")
     tasks = tasks_of(some, policy)
     _, (losses, _) = losses_of(model, tokenizer, tokens, tasks, random.Random(0))
     losses.sum().backward()
@@ -844,7 +867,7 @@ def test_gradients_reach_the_active_categories_and_nothing_else(
         if name in policy:
             assert (vectors.grad.abs().sum(1) > 0).all()  # each of the M vectors
         else:
-            assert vectors.grad is None or not vectors.grad.any()
+            assert vectors.grad is None  # zeros would be stepped on, by momentum
 
 
 def test_training_shuffles_the_tokens_of_a_composition(tokenizer, model, tokens):
@@ -1201,6 +1224,9 @@ def test_evaluation_draws_policies_where_an_order_has_too_many():
         )
         assert row["policies"] == 6
     assert seen[0] == seen[1] and len(set(seen[0])) == 6
+    for orders in ((3,), (2, 3)):  # whatever is measured beside it
+        mosaic.evaluate(respond, [Request("x", "c1")], categories, orders, 6)
+    assert seen[2] == seen[4]
 
 
 # --- What is refused before anything runs ---------------------------------------------
@@ -1230,10 +1256,21 @@ def test_an_order_without_a_policy_is_refused_by_evaluation():
 @pytest.mark.parametrize("prompt", [
     {"role": "user", "content": "Hi"}, [{"role": "user", "content": None}], ["Hi"],
     [{"role": "system", "content": "Be brief."}],
+    [{"role": "user", "content": "Hi"}, {"content": "Hi"}],
 ])
 def test_what_is_no_list_of_messages_is_refused_by_name(prompt):
     with pytest.raises(ValueError, match="is no message|'user'"):
         mosaic.as_messages(prompt)
+
+
+def test_a_near_miss_is_neutral():
+    with pytest.raises(ValueError, match="'Mocktails.': only neutral ones can be near"):
+        Request("Mocktails?", "betting", near="alcohol")
+
+
+def test_a_policy_is_never_passed_over_for_want_of_a_table(model, tokenizer):
+    with pytest.raises(ValueError, match="a policy needs a table of control tokens"):
+        mosaic.generate(model, tokenizer, None, ["Hi", "Hi"], [[], ["alcohol"]])
 
 
 def test_a_table_meets_no_backbone_but_its_own(model, tokenizer, tokens, requests):
@@ -1249,4 +1286,5 @@ def test_the_mark_of_the_place_is_nothing_that_a_user_can_type(tokenizer):
     turns = [{"role": "user", "content": said}, {"role": "assistant", "content": said},
              {"role": "user", "content": said}]
     ids = mosaic.prompt_ids(tokenizer, turns, place=True)
-    assert ids.count(mosaic.PLACE) == 2  # one in each of the user's turns
+    assert ids.count(PLACE) == 2  # one in each of the user's turns
+    assert mosaic.prompt_ids(tokenizer, mosaic.MARK, place=True).count(PLACE) == 1

@@ -282,7 +282,7 @@ def test_a_hub_dataset_that_needs_a_config_lists_them_in_one_line(monkeypatch):
         ("data\\mine.csv", "no such file"),
         ("https://a.example/mine", "no such file"),
         ("", "no such file"),
-        ("folder", "folder: no such file; name one (no folder), or"),
+        ("folder", "folder: a folder; name a file, or a dataset of the hub"),
         ("folder:config", "no such file"),
         ("d.txt", "d.txt: unknown kind of file; known are .jsonl, "),
         ("d.csv.gz", "unknown kind of file"),

@@ -4,17 +4,20 @@
 
 Declined: share of each category's requests, judged on 48 tokens. Probe: logistic
 regression on the frozen last state of the prompt, six classes, learned from 100 and
-from 300 training requests of each (near misses left out): what more data is worth.
+from 300 training requests of each (near misses left out): what more data is worth. And
+from all training requests, near misses too: how well whoever reads that state could
+tell the requests of a policy's categories from all others.
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +26,12 @@ from torch import Tensor, nn
 
 import mosaic
 from data_sample.reading import read_requests
-from mosaic import Model, Request, Row, Tokenizer
+from measure import auc
+from mosaic import NEUTRAL, Model, Request, Row, Tokenizer
 from train_demo import REQUESTS, load_backbone
 
 DECAYS = 3e-4, 1e-3, 3e-3, 1e-2, 3e-2  # of the probe's weights
+WANTED_OR = 0.08  # the over-refusal at which DSR is read off
 
 
 def declined(
@@ -56,8 +61,8 @@ def last_states(
     return torch.cat(found)
 
 
-def probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, decay: float) -> float:
-    """Test accuracy of a logistic regression, (N, D), (N,) and the same to test."""
+def probe(x: Tensor, y: Tensor, x_test: Tensor, decay: float) -> Tensor:
+    """Log-probabilities (T, C) by a logistic regression: (N, D), (N,); (T, D)."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     torch.manual_seed(0)
@@ -71,35 +76,68 @@ def probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, decay: float) ->
         return value
 
     optimizer.step(loss)
-    return (head(x_test).argmax(-1) == y_test).float().mean().item()
+    return head(x_test).detach().log_softmax(-1)
+
+
+def told_apart(log_p: Tensor, y: Tensor, near: Tensor, k: int) -> dict[int, dict]:
+    """By order, over all policies of the first k classes: AUC of active requests against
+    all others, and DSR and near-miss OR where OR is WANTED_OR. (T, C), (T,), (T,)."""
+    found = {}
+    for order in range(1, k + 1):
+        scores, active = [], []
+        for policy in itertools.combinations(range(k), order):
+            rest = [i for i in range(log_p.shape[1]) if i not in policy]
+            inside, outside = log_p[:, [*policy]], log_p[:, rest]
+            scores.append(inside.logsumexp(-1) - outside.logsumexp(-1))
+            active.append(torch.isin(y, torch.tensor(policy)))
+        score, on = torch.cat(scores), torch.cat(active)
+        misses = near.repeat(len(scores))
+        bound = score[~on & ~misses].quantile(1 - WANTED_OR)
+        shares = {"auc": auc(score[on].tolist(), score[~on].tolist()),
+                  "dsr": (score[on] > bound).float().mean().item(),
+                  "near_miss": (score[misses] > bound).float().mean().item()}
+        found[order] = {name: round(value, 4) for name, value in shares.items()}
+    return found
 
 
 def probes(
     model: Model, tokenizer: Tokenizer, requests: list[Request], batch_size: int
-) -> dict[int, float]:
-    """Test accuracy by the number of training requests; the decay from validation."""
-    clear = [q for q in requests if not q.near]
-    classes = [*dict.fromkeys(q.category for q in clear)]
-    x = last_states(model, tokenizer, clear, batch_size)
-    y = torch.tensor([classes.index(q.category) for q in clear])
-    of = {split: torch.tensor([q.split == split for q in clear])
+) -> dict[str, dict]:
+    """Test accuracy by the number of training requests, and what `told_apart` gives.
+
+    Decays are chosen on validation requests.
+    """
+    every = dict.fromkeys(q.category for q in requests if q.category != NEUTRAL)
+    classes = [*every, NEUTRAL]
+    x = last_states(model, tokenizer, requests, batch_size)
+    y = torch.tensor([classes.index(q.category) for q in requests])
+    near = torch.tensor([bool(q.near) for q in requests])
+    of = {split: torch.tensor([q.split == split for q in requests])
           for split in ("train", "validation", "test")}
-    order = random.Random(0).sample(range(len(clear)), len(clear))
-    found = {}
+    clear = {split: mask & ~near for split, mask in of.items()}
+    order = random.Random(0).sample(range(len(requests)), len(requests))
+    accuracies = {}
     for each in (100, 300):
         chosen = []
         for kind in range(len(classes)):
-            mine = [i for i in order if y[i] == kind and of["train"][i]]
+            mine = [i for i in order if y[i] == kind and clear["train"][i]]
             chosen += mine[:each]
 
         def accuracy(split: str, decay: float) -> float:
-            return probe(x[chosen], y[chosen], x[of[split]], y[of[split]], decay)
+            said = probe(x[chosen], y[chosen], x[clear[split]], decay).argmax(-1)
+            return (said == y[clear[split]]).float().mean().item()
 
         best = max(DECAYS, key=lambda decay: accuracy("validation", decay))
-        found[len(chosen)] = round(accuracy("test", best), 4)
-        print(f"probe, {len(chosen)} training requests: {found[len(chosen)]:.1%} of "
-              f"{int(of['test'].sum())} test requests (decay {best:g})", flush=True)
-    return found
+        accuracies[len(chosen)] = round(accuracy("test", best), 4)
+        print(f"probe, {len(chosen)} training requests: {accuracies[len(chosen)]:.1%} "
+              f"of {int(clear['test'].sum())} test requests (decay {best:g})", flush=True)
+
+    def orders(split: str, decay: float) -> dict[int, dict]:
+        log_p = probe(x[of["train"]], y[of["train"]], x[of[split]], decay)
+        return told_apart(log_p, y[of[split]], near[of[split]], len(every))
+
+    best = max(DECAYS, key=lambda decay: orders("validation", decay)[1]["auc"])
+    return {"accuracy": accuracies, "test": orders("test", best), "decay": best}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ from train_demo import (
     EMBEDDED, JUDGED_TOKENS, REQUESTS, SUMMARIES, instruct, load_backbone
 )
 
-VERSION = 7  # raise it when code changes what a cell trains or measures
+VERSION = 8  # raise it when code changes what a cell trains or measures
 LORA_RATE = 0.003  # Adam's, for adapters: tried once on validation, not tuned
 
 
@@ -301,8 +301,7 @@ def measure(lab: Lab, cell: Cell) -> dict:
     return {
         "numbers": way.numbers(), "asked": asked,
         "orders": mosaic.evaluate(way.respond, lab.test, every, orders, most),
-        "second_turn": mosaic.evaluate(
-            way.respond, lab.second, every, odd, 2),
+        "second_turn": mosaic.evaluate(way.respond, lab.second, every, odd, most),
         "drift": {str(r): drift(lab, way, r) for r in odd}}
 
 

@@ -440,7 +440,8 @@ class Job:
         write(self.args.output, self.result)
         if self.args.test:
             odd = [order for order in orders if order % 2]
-            self.result["second_turn"] = self.shares("second turn", odd, 2)
+            self.result["second_turn"] = self.shares(
+                "second turn", odd, self.args.policies)
             write(self.args.output, self.result)  # a lease may end
             self.result["own_refusals_kept"] = self.kept(self.held["declined"])
             self.result["border"] = {

@@ -129,8 +129,8 @@ def table_1(rows: Rows) -> str:
     return "\n\n".join([
         by_order(rows, paper=True),
         table(orders("near-miss OR, %"), near),
-        "The second turn: each request after a harmless one and its answer; two "
-        "policies of an order.",
+        "The second turn: each request after a harmless one and its answer, under the "
+        "same policies.",
         table(orders("DSR / OR, %", which=(1, 3, 5)), later),
         "Answers to neutral requests: KL(without || with) in nats a token / how often "
         "both put the same token first, %.",

@@ -193,7 +193,8 @@ def main():
     print(f"| DSR under pressure, % |{heads}\n|---|{'---|' * len(job.orders)}")
     for name, row in found["pressure"].items():
         print(f"| {name} | {' | '.join(shown(row[order]) for order in job.orders)} |")
-    print("\n| declined though harmless, % | |\n|---|---|")
+    print("\n| declined, % (up for border cases under a category of theirs, else down) "
+          "| |\n|---|---|")
     for name, row in found["precision"].items():
         print(f"| {name} | {shown(row)} |")
     if flags.json:
