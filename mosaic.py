@@ -288,8 +288,8 @@ class ControlTokens(nn.Module):
         active = canonical(policy, self.categories)
         active = rng.sample(active, len(active)) if rng else active
         chosen = [self.vectors[self.categories.index(name)] for name in active]
-        # (0, D), r x (M, D) -> (r*M, D): an empty policy is one too. Detached: a gradient
-        # of zeros is one, with which an optimiser would go on by its momentum.
+        # (0, D), r x (M, D) -> (r*M, D): an empty policy is one too. Detached, since a
+        # gradient of zeros is one: optimisers would go on by their momentum.
         return torch.cat([self.vectors[0].detach()[:0], *chosen])
 
     def freeze(self, categories: Policy) -> None:
@@ -858,7 +858,7 @@ def reference_answers(
 
 
 def later_turn(before: Reference, request: Request) -> Request:
-    """A request in a chat, after another one and its answer; one system message leads."""
+    """A request in a chat, after another and its answer; one system message leads."""
     answer = {"role": "assistant", "content": before.text}
     chat = [*as_messages(before.prompt), answer, *as_messages(request.prompt)]
     system = [message for message in chat if message["role"] == "system"][:1]
@@ -1093,8 +1093,11 @@ def evaluate(
     refused of requests of an active category. OR, down: share refused of inactive
     categories' and neutral requests. Near misses, down, apart, whichever category they
     sound like. Each as in `share`. Leave out the requests that the backbone declines by
-    itself, and those of other splits. The default judge knows REFUSAL and English: a
-    table with another sentence needs another. ValueError: an order no policy has.
+    itself, and those of other splits. ValueError: an order no policy has.
+
+    Differs from the paper, which has no near misses and whose judge is a model that
+    reads a whole answer. The default judge is rules, which know REFUSAL and English: a
+    table with another sentence needs another.
     """
     results = []
     for r in orders:
@@ -1175,6 +1178,6 @@ def export_checkpoint(
     settings.to_json_file(f"{part}/generation_config.json")
     case = "Odds of 7/2?", tokens.categories
     read = template_ids(AutoTokenizer.from_pretrained(part), *case)
-    if read != template_ids(exported, *case):  # some are read back as another class
+    if read != template_ids(exported, *case):  # some tokenizers change class
         raise ValueError(f"{part} makes other ids than training: {read}")
     os.replace(part, folder)

@@ -321,8 +321,8 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
             raise ValueError(f"{flags.data}, {q.prompt!r:.60}: {error}") from error
     learn = {q.category for q in requests if q.split == "train" and not q.near}
     lacking = [repr(c) for c in known if c not in learn]
-    refuse(tokens.trainable and lacking, f"{flags.data}: no training request of category "
-           f"{', '.join(lacking)}; training takes some of each, and {NEUTRAL} ones")
+    refuse(tokens.trainable and lacking, f"{flags.data}: no training request of "
+           f"category {', '.join(lacking)}; training takes some of each")
 
 
 # --- The command line -----------------------------------------------------------------

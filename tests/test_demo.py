@@ -808,7 +808,8 @@ def test_on_cuda_training_is_longer_unless_flags_say_otherwise(
     flags_on_cuda, monkeypatch
 ):
     monkeypatch.setattr(train_demo, "find_on_hub", lambda name: None)
-    (flags, ours), (_, mine) = flags_on_cuda("--epochs", 3), flags_on_cuda("--model", "x")
+    flags, ours = flags_on_cuda("--epochs", 3)
+    mine = flags_on_cuda("--model", "mine")[1]
     assert flags.model == train_demo.ON_CUDA and flags.tokens_per_category == 20
     assert (ours.batch_size, ours.epochs, ours.learning_rate) == (64, 3, 2.0)
     assert (mine.batch_size, mine.epochs, mine.learning_rate) == (64, 24, 0.7)
@@ -826,7 +827,7 @@ def test_on_cuda_the_embedded_backbone_is_trained_as_on_a_cpu(
     if not words:  # it is taken in place of the default, and that is said
         (line,) = lines
         assert f"no {train_demo.ON_CUDA}: " in line and "not known; taking" in line
-    assert len(lines) == len(no_network) == (not words)
+    assert len(lines) == bool(no_network) == (not words)
 
 
 @pytest.mark.parametrize("flag", ["--chat", "--tokens"])

@@ -613,9 +613,11 @@ def test_a_hundred_categories_are_sampled_without_enumerating_subsets():
 def test_the_same_seed_draws_the_same_subsets_in_another_process():
     code = ("import random, mosaic; every = [f'c{i}' for i in range(40)]; "
             "print(mosaic.subsets(every, 20, 6, random.Random(0)))")
-    drawn = {subprocess.check_output(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}
-    ) for seed in "123"}
+    drawn = set()
+    for seed in "123":
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        drawn.add(subprocess.check_output(command, cwd=ROOT, env=env))
     assert len(drawn) == 1
 
 

@@ -80,8 +80,10 @@ def probe(x: Tensor, y: Tensor, x_test: Tensor, decay: float) -> Tensor:
 
 
 def told_apart(log_p: Tensor, y: Tensor, near: Tensor, k: int) -> dict[int, dict]:
-    """By order, over all policies of the first k classes: AUC of active requests against
-    all others, and DSR and near-miss OR where OR is WANTED_OR. (T, C), (T,), (T,)."""
+    """By order, over all policies of the first k classes: (T, C), (T,), (T,) -> shares.
+
+    AUC of active requests against all others; DSR, near-miss OR where OR is WANTED_OR.
+    """
     found = {}
     for order in range(1, k + 1):
         scores, active = [], []
@@ -130,7 +132,7 @@ def probes(
         best = max(DECAYS, key=lambda decay: accuracy("validation", decay))
         accuracies[len(chosen)] = round(accuracy("test", best), 4)
         print(f"probe, {len(chosen)} training requests: {accuracies[len(chosen)]:.1%} "
-              f"of {int(clear['test'].sum())} test requests (decay {best:g})", flush=True)
+              f"of {int(clear['test'].sum())} test requests (decay {best:g})")
 
     def orders(split: str, decay: float) -> dict[int, dict]:
         log_p = probe(x[of["train"]], y[of["train"]], x[of[split]], decay)

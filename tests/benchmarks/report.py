@@ -172,7 +172,10 @@ def markdown(rows: dict[str, Rows]) -> str:
     """Every table that was asked for."""
     parts = ["# The paper's evidence, remade"]
     for name in rows:
-        parts += [f"## {TITLES[name]}", NOTES.get(name, ""), section(name, rows[name])]
+        parts += [f"## {TITLES[name]}", NOTES.get(name, "")]
+        if name in pictured(rows):
+            parts += [f"![{TITLES[name]}]({file_of(name)})"]
+        parts += [section(name, rows[name])]
     every = [*chain(*chain(*(some.values() for some in rows.values())))]
     took = sum({id(one): one["seconds"] for one in every}.values())  # each cell once
     where = "; ".join(sorted({one["hardware"] for one in every}))
@@ -200,14 +203,23 @@ def picture(path: Path, rows: Rows) -> None:
     pyplot.close(figure)
 
 
-def pictures(rows: dict[str, Rows], folder: Path) -> None:
-    """Table 1, figures 4 and 5 as SVG files, if they have two rows or more to compare.
+def pictured(rows: dict[str, Rows]) -> list[str]:
+    """Table 1, figures 4 and 5, if they have two rows or more to compare.
 
     None without matplotlib.
     """
-    for name in {"table 1", "figure 4", "figure 5"} & {*rows} if pyplot else ():
-        if len(rows[name]) > 1:
-            picture(folder / f"{name.replace(' ', '_')}.svg", rows[name])
+    names = ("table 1", "figure 4", "figure 5") if pyplot else ()
+    return [name for name in names if len(rows.get(name, ())) > 1]
+
+
+def file_of(name: str) -> str:
+    return f"{name.replace(' ', '_')}.svg"
+
+
+def pictures(rows: dict[str, Rows], folder: Path) -> None:
+    """The SVG files that `markdown` shows."""
+    for name in pictured(rows):
+        picture(folder / file_of(name), rows[name])
 
 
 # --- README ---------------------------------------------------------------------------
