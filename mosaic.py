@@ -103,8 +103,8 @@ def as_messages(prompt: Prompt) -> list[dict]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     for message in prompt:
-        texts = message.items() if isinstance(message, dict) else ()
-        if not {"role", "content"} <= {key for key, v in texts if isinstance(v, str)}:
+        fields = message if isinstance(message, dict) else {}
+        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
             raise ValueError(f"{message!r:.80} is no message (role, content)")
     if "user" not in [message["role"] for message in prompt]:
         raise ValueError(f"no message with role 'user' in {prompt!r:.80}")
@@ -358,7 +358,7 @@ POLICY_TEMPLATE = """\
 {%- set control_tokens = CONTROL_TOKENS -%}
 {%- set known = control_tokens | join(", ") -%}
 {%- set no_list = policy is string or policy is mapping -%}
-{#- Control tokens have learned answers only, of a model that may think aloud first. -#}
+{#- Under a policy there is no thinking aloud (Qwen3), as in training. -#}
 {%- if policy and enable_thinking is not defined -%}
     {%- set enable_thinking = false -%}
 {%- endif -%}
