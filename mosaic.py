@@ -139,7 +139,7 @@ def check_backbone(model: Model) -> None:
     config = model.config.get_text_config()
     if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma 3n
         raise ValueError("no backbone here: it reads ids, not embeddings alone")
-    if config.model_type in ("rwkv", "recurrent_gemma"):
+    if config.model_type in ("rwkv", "recurrent_gemma", "xlstm"):
         raise ValueError("no backbone here: it reads padding")
     names = [type(part).__module__ for part in model.modules()]
     names += [name for name, _ in model.named_parameters()]
@@ -180,14 +180,18 @@ def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
 def stream_size(model: Model, tokenizer: Tokenizer) -> float:
     """Size (root mean square) of the residual stream's entries half-way up, on REFUSAL.
 
-    37 times `embedding_std` in Qwen2.5-Coder-0.5B, 49 times in SmolLM2-135M.
+    As what the embedding module gives. 37 times `embedding_std` in Qwen2.5-Coder-0.5B,
+    49 times in SmolLM2-135M.
     """
     model.eval()  # for good: with dropout it would be another model
     ids = torch.tensor([tokenizer(REFUSAL)["input_ids"]], device=model.device)
     states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     middle = states[(len(states) - 1) // 2].float()  # (1, L, D)
     # The median position: the first one's is often a hundred times as large.
-    return middle.square().mean(-1).sqrt().median().item()
+    size = middle.square().mean(-1).sqrt().median().item()
+    # Some families (Granite) scale embeddings behind the module.
+    scaled = getattr(model.config.get_text_config(), "embedding_multiplier", None)
+    return size / (scaled or 1)
 
 
 def telling_ids(
@@ -258,7 +262,7 @@ class ControlTokens(nn.Module):
         the words that tell the category best in `requests`, or of its name, with a
         little noise that depends on the seed and the name alone, made as long as the
         residual stream half-way up (which is read: the model stays in eval mode). Ones
-        as short as an embedding are turned too far by each step, and learn late.
+        as short as an embedding are turned too far by each step: losses stay higher.
         """
         m = len(self.vectors[0]) if tokens_per_category is None else tokens_per_category
         names = [*self.categories, *categories]
@@ -270,7 +274,7 @@ class ControlTokens(nn.Module):
         self.to(model.device)  # a table read from disk is on the CPU
         embed, std = model.get_input_embeddings(), embedding_std(model, tokenizer)
         scale = stream_size(model, tokenizer) / std
-        for name in categories:
+        for name in names[len(self.categories) :]:
             ids = telling_ids(tokenizer, requests, name, m)
             start = embed(torch.tensor(ids, device=model.device)).float()  # (M, D)
             rng = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
@@ -380,7 +384,7 @@ POLICY_TEMPLATE = """\
         {%- if mosaic.words is not string -%}{#- but parts, as some servers do -#}
             {%- set mosaic.words = mosaic.words | map(attribute="text") | join -%}
         {%- endif -%}
-        {#- What is said like a control token is broken up: it stays text. -#}
+        {#- Content that reads like a control token is broken up: it stays text. -#}
         {%- for name in control_tokens -%}
             {%- set typed = "<|" ~ name ~ ":" -%}
             {%- set mosaic.words = mosaic.words | replace(typed, "< |" ~ name ~ ":") -%}
@@ -660,7 +664,8 @@ def is_refusal(answer: str, refusal: str = REFUSAL) -> bool:
     for help but not every such turn of phrase; and they know English only.
     """
     said, goal = plain(answer), plain(refusal)
-    cut_short = len(answer.split()) > 2 and goal.startswith(said)
+    enough = len(answer.split()) > 2 or 2 * len(said) > len(goal)  # Chinese: no spaces
+    cut_short = enough and goal.startswith(said)
     if said.startswith(goal) or cut_short:
         return bool(said)
     openings, help_ = (table.strip().replace("\n", "|") for table in (OPENINGS, HELP))
@@ -827,6 +832,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value}; it must be in {least}..{most:g}")
         if self.optimizer not in ("muon", "adam"):
             raise ValueError(f"optimizer is {self.optimizer!r}; take muon or adam")
+        if self.orders is not None:  # a range or a set could not be saved as JSON
+            object.__setattr__(self, "orders", tuple(self.orders))
 
 
 @dataclass(frozen=True)
@@ -1019,9 +1026,10 @@ def train(
     (some templates write the date): the same tokens, bit for bit. Frozen categories
     take part in policies and stay as they are. `references`: what
     `training_references` gave before, in place of `requests`. `checkpoint`: a file
-    written after each epoch, from which the same call goes on. ValueError: an order
-    outside 1..K, nothing to train, a category without requests, a checkpoint of another
-    run, vectors that are not finite (the checkpoint has the epoch before).
+    written after each epoch, from which the same call goes on, given the table as it
+    was at first. ValueError: an order outside 1..K, nothing to train, a category
+    without requests, a checkpoint of another run, vectors that are not finite (the
+    checkpoint has the epoch before).
     """
     k = len(tokens.categories)
     if not {*(config.orders or ())} <= {*range(1, k + 1)} or not tokens.trainable:
@@ -1044,8 +1052,8 @@ def train(
         except Exception:  # whatever unpickling meets
             state = {}
         if state.get("run") != run:
-            what = "damaged, or of other data, settings or start"
-            raise ValueError(f"{checkpoint} is {what}: delete it to start anew")
+            what = "damaged, or of other data, settings or start vectors"
+            raise ValueError(f"{checkpoint} is {what}: take those again, or delete it")
         tokens.load_state_dict(state["tokens"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
@@ -1139,7 +1147,7 @@ def with_vectors(model: Model, tokens: ControlTokens, ids: Sequence[int]) -> Mod
             setattr(module, name, nn.Parameter(wide))
     model.config.get_text_config().vocab_size = len(head.weight)
     model.config.tie_word_embeddings = False
-    if getattr(model, "hf_quantizer", None):  # of a GGUF file, whose weights are plain
+    if getattr(model, "hf_quantizer", None):  # of a GGUF file
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
     return model
@@ -1153,8 +1161,8 @@ def export_checkpoint(
     Each control vector becomes the vocabulary row of a special token <|category:i|>:
     any engine that passes arguments to the template serves any policy, with no code of
     ours. Without a policy it is the backbone. ValueError: `folder` exists already, the
-    tokenizer holds such tokens or takes a policy, parts of the model are compiled, or
-    what is read back makes other ids than training.
+    tokenizer holds such tokens or takes a policy, the model is quantized or parts of it
+    compiled, or what is read back makes other ids than training.
     """
     folder, model = os.path.normpath(folder), getattr(model, "_orig_mod", model)
     sets = zip(tokens.categories, tokens.vectors)
@@ -1164,6 +1172,10 @@ def export_checkpoint(
         raise ValueError(f"{folder} exists, or the tokenizer has such tokens already")
     if any("_orig_mod." in name for name, _ in model.named_parameters()):
         raise ValueError("parts of the model are compiled: export the plain one")
+    plain = all(w.is_floating_point() and w.itemsize > 1
+                for w in model.state_dict().values())
+    if getattr(model, "hf_quantizer", None) and not plain:  # a GGUF file's are plain
+        raise ValueError("the model is quantized: export the one it was made of")
     tokens.check(model)
     exported = with_policies(tokenizer, names)
     ids = exported.convert_tokens_to_ids(every)

@@ -369,6 +369,8 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
     flags.model = name
     refuse(flags.add and not flags.tokens, "--add grows a saved table: give --tokens")
     output, export = Path(flags.output).resolve(), Path(flags.export).resolve()
+    refuse(flags.add and output / "tokens.safetensors" == Path(flags.tokens).resolve(),
+           "--add would write over --tokens: give another --output")
     refuse(flags.export and (export.exists() or output.is_relative_to(export)),
            f"--export {flags.export} exists already; name a folder that does not")
     knobs = {knob.name: getattr(flags, knob.name) for knob in fields(TrainConfig)}

@@ -202,6 +202,30 @@ def test_a_prefix_that_was_read_before_changes_neither_loss_nor_gradient(tokeniz
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
 
 
+def test_policies_read_once_for_all_rows_change_neither_loss_nor_gradient(tokenizer):
+    model = tiny_model("llama", tokenizer).eval().requires_grad_(False)
+    tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
+    words, turn = ["a", "Hello?", "b c", "one two", "d, e, f"], [0, 1, 1, 0, 1]
+    controls = [tokens.compose(CATEGORIES[:2]), tokens.compose(CATEGORIES[1:3])]
+    placed = [mosaic.prompt_ids(tokenizer, prompt, place=True) for prompt in words]
+    bare = mosaic.prompt_ids(tokenizer, "Hello?")
+    cut = placed[0].index(mosaic.PLACE)
+
+    def found(reader, rows, teacher):
+        logits, _ = mosaic.answer_logits(reader, rows)
+        base, _ = mosaic.answer_logits(reader, [Row(teacher, None, [7])])
+        loss = logits.square().sum()
+        return logits, base, *torch.autograd.grad(loss, [*tokens.vectors[:3]])
+
+    rows = [Row(ids, controls[i], [7, 8]) for ids, i in zip(placed, turn)]
+    plain = found(model, rows, bare)
+    reader = real.Prefixed(model, bare[:cut])
+    reader.read(controls, turn)
+    rows = [Row(ids[cut + 1:], None, [7, 8]) for ids in placed]
+    for ours, wanted in zip(found(reader, rows, bare[cut:]), plain, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_at_first_only_the_first_three_tokens_of_answers_are_learned(
     monkeypatch, tmp_path
 ):
@@ -215,6 +239,26 @@ def test_at_first_only_the_first_three_tokens_of_answers_are_learned(
     monkeypatch.setattr(mosaic, "batch_losses", noted)
     run_real(monkeypatch, tmp_path, flags)
     assert lengths[:2] == [3, 3] and min(lengths[2:]) > 3
+
+
+def test_a_run_that_reads_policies_once_has_the_curve_of_one_that_does_not(
+    monkeypatch, tmp_path
+):
+    # Of order 1: in one of more, each row has its token sets in an order of its own.
+    flags = "--steps 3 --measure_every 3 --no_answers --later_turns 0 --orders 1 "
+    flags += "--measure_orders 1 2"
+    turns, read = [], real.Prefixed.read
+    monkeypatch.setattr(
+        real.Prefixed, "read", lambda *given: turns.append(given[2]) or read(*given))
+    plain, once = (
+        run_real(monkeypatch, tmp_path, flags + more)["curve"][-1]
+        for more in ("", " --read_once"))
+    for name in "refusal", "reference", "kd", "declines_active", "declines_others":
+        assert once[name] == pytest.approx(plain[name], rel=1e-3), name
+    for split, aucs in plain["auc"].items():
+        assert once["auc"][split] == pytest.approx(aucs, abs=0.01), split
+    # Three batches; five policies of either order, on two splits, before and after.
+    assert len(turns) == 3 + 2 * 5 * 2 * 2 and any(map(any, turns))
 
 
 def test_the_start_can_be_longer_and_the_refusal_another(

@@ -29,6 +29,7 @@ from mosaic import REFUSAL, ControlTokens
 
 GGUF = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TABLE = "runs/demo/tokens.safetensors"
+SHIPPED = EMBEDDED.parent / "tokens.safetensors"
 
 
 def write_few(path, categories, train, test, seen=0):
@@ -389,6 +390,7 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--optimizer sgd", None, "optimizer is 'sgd'; take muon or adam"),
     ("--device tpu", None, "argument --device: invalid choice: 'tpu'"),
     ("--add golf", None, "--add grows a saved table: give --tokens"),
+    (f"--add golf --tokens {SHIPPED} --output {SHIPPED.parent}", None, "--add would"),
     ("--export .", None, "--export . exists already; name a folder that does not"),
     ("--export x/y --output x/y/", None, "--export x/y exists already"),
     ("--export x --output x/y", None, "--export x exists already"),
@@ -518,8 +520,8 @@ def test_a_template_of_a_single_turn_is_told_before_it_is_trained(tiny, tmp_path
 @pytest.mark.parametrize(
     "flags, rows, expected",
     [
-        ("--orders 0", GOOD, "with orders [0]: take a category not frozen"),
-        ("--orders 1 2", GOOD, "with orders [1, 2]: take a category not frozen"),
+        ("--orders 0", GOOD, "with orders (0,): take a category not frozen"),
+        ("--orders 1 2", GOOD, "with orders (1, 2): take a category not frozen"),
     ],
 )
 def test_what_the_training_refuses_is_told_in_one_line_before_its_first_step(

@@ -255,6 +255,20 @@ def test_an_export_of_a_model_with_compiled_parts_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32])
+def test_an_export_of_a_quantized_model_is_refused(
+    model, tokenizer, tokens, tmp_path, dtype
+):
+    model = gguf_like(model)
+    packed = torch.zeros(48, 32).to(dtype)
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(packed, requires_grad=False)
+    tokens.made_for["fingerprint"] = mosaic.fingerprint(model)
+    with pytest.raises(ValueError, match="the model is quantized"):
+        mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_takes_no_folder_that_exists(model, tokenizer, tokens, tmp_path):
     with pytest.raises(ValueError, match="exists, or"):
         mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path)

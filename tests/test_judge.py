@@ -249,6 +249,11 @@ def test_a_refusal_cut_after_three_words_or_more_still_counts(words):
     assert not is_refusal(" ".join(other.split()[:words]))
 
 
+def test_a_refusal_without_spaces_counts_from_its_half_on():
+    refusal = "对不起，我无法帮助您处理这个请求。"
+    assert is_refusal(refusal[:9], refusal) and not is_refusal(refusal[:8], refusal)
+
+
 def test_two_words_or_none_are_no_refusal():
     assert not any(map(is_refusal, ("", "I'm sorry", "* * *", "\n", "...")))
 

@@ -127,17 +127,20 @@ def test_start_values_stand_at_the_embeddings_as_the_model_reads_them(
     assert 0.08 < off < 0.12
 
 
-def test_the_start_is_as_long_as_the_residual_stream_half_way_up(tokenizer):
-    model = tiny_model("llama", tokenizer, num_hidden_layers=4)
+@pytest.mark.parametrize("family, scaled", [("llama", 1), ("granite", 3)])
+def test_the_start_is_as_long_as_the_residual_stream_half_way_up(
+    tokenizer, family, scaled
+):
+    model = tiny_model(family, tokenizer, num_hidden_layers=4)
     seen = []
     model.model.layers[1].register_forward_hook(lambda _, x, out: seen.append(out))
-    size = mosaic.stream_size(model, tokenizer)
+    size = scaled * mosaic.stream_size(model, tokenizer)  # as the first layer reads it
     model(torch.tensor([tokenizer(mosaic.REFUSAL)["input_ids"]]))
     rms = seen[-1][0].square().mean(-1).sqrt().sort().values  # (L,)
     assert size == pytest.approx(rms[(len(rms) - 1) // 2].item())
     assert rms[0] < size < rms[-1]
     words = ControlTokens.for_model(model, tokenizer, ["alcohol"]).vectors[0]
-    assert 0.7 < words.square().mean().sqrt() / size < 1.4
+    assert 0.7 < scaled * words.square().mean().sqrt() / size < 1.4
 
 
 DAILY = [
@@ -1059,7 +1062,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     before = path.read_bytes()
     refused = functools.partial(run, model, tokenizer, requests, checkpoint=path)
     other = dataclasses.replace(config, epochs=4, later_weight=0.5)
-    said = pytest.raises(ValueError, match="of other data, settings or start: delete")
+    said = pytest.raises(ValueError, match="other data, settings or start vectors: t")
     with said:
         refused(other)
     some = mosaic.training_references(model, tokenizer, requests, config)
@@ -1124,6 +1127,18 @@ def test_frozen_categories_stay_bit_identical_while_new_ones_learn(
     mosaic.train(model, tokenizer, table, requests, QUICK)
     same = list(map(torch.equal, start, table.vectors))
     assert same == [True, True, False] and table.trainable == ["horror"]
+
+
+def test_a_table_trained_with_a_range_of_orders_can_be_saved(
+    model, tokenizer, requests, tmp_path
+):
+    table = ControlTokens.for_model(model, tokenizer, iter(CATEGORIES), 2)
+    config = dataclasses.replace(QUICK, epochs=1, orders=range(1, 3))
+    mosaic.train(model, tokenizer, table, requests, config)
+    table.save(tmp_path / "t.safetensors")
+    loaded = ControlTokens.load(tmp_path / "t.safetensors")
+    assert loaded.made_for["training"]["orders"] == [1, 2]
+    assert loaded.categories == CATEGORIES
 
 
 @pytest.mark.parametrize("orders", [(0,), (6,), (1, 9), (1,)])
@@ -1245,7 +1260,7 @@ def test_a_checkpoint_is_not_taken_up_for_another_refusal(
     ]
     path = str(tmp_path / "training.pt")
     mosaic.train(model, tokenizer, tables[0], requests, config, checkpoint=path)
-    with pytest.raises(ValueError, match="of other data, settings or start: delete"):
+    with pytest.raises(ValueError, match="other data, settings or start vectors: take"):
         mosaic.train(model, tokenizer, tables[1], requests, config, checkpoint=path)
 
 

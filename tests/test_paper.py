@@ -244,7 +244,7 @@ def test_every_way_reads_its_policy_and_adds_its_updates(lab):
     name = "model.layers.0.mlp.up_proj"
     far = {name: torch.randn(lab.model.get_submodule(name).weight.shape)}
     text, policy = "What goes in a Negroni?", ("alcohol", "sex")
-    tokens = lab.fresh(lab.categories, paper.Cell(tokens=3))
+    tokens = lab.fresh(lab.categories, paper.Cell(tokens=3), lab.requests)
     ways = {
         "bare": paper.Way(lab),
         "rule": paper.Way(lab, summaries=lab.summaries),
@@ -298,15 +298,26 @@ def test_the_command_runs_its_cells_in_workers_once_and_prints_them(
 
 def test_growth_freezes_older_tokens_and_knows_no_later_category(lab, monkeypatch):
     trained, train = [], mosaic.train
+    started, telling_ids = [], mosaic.telling_ids
+    of = {q.prompt: q.category for q in lab.requests}
+    single = {q.category: q for q in lab.learn if isinstance(q.prompt, str)}
+    chat = mosaic.later_turn(single["sex"], single["alcohol"])
+    more = mosaic.reference_answers(lab.model, lab.tokenizer, [chat])
+    monkeypatch.setattr(lab, "learn", [*lab.learn, *more])
+
+    def told(tokenizer, requests, *rest):
+        started.append({q.category for q in requests})
+        return telling_ids(tokenizer, requests, *rest)
 
     def watched(model, tokenizer, tokens, requests, config, references):
         old = [v.clone() for v in tokens.vectors]
         train(model, tokenizer, tokens, requests, config, references)
         moved = [not torch.equal(v, w) for v, w in zip(tokens.vectors, old)]
-        seen = {q.category for q in references}
+        seen = {of[words] for q in references for words in mosaic.user_words(q.prompt)}
         trained.append((dict(zip(tokens.categories, moved)), seen))
 
     monkeypatch.setattr(mosaic, "train", watched)
+    monkeypatch.setattr(mosaic, "telling_ids", told)
     stages = paper.growth(lab, paper.Cell("growth"))["stages"]
     assert [len(stage["orders"]) for stage in stages.values()] == [2, 3, 4, 4]
     two = {"alcohol": False, "betting": False}
@@ -314,6 +325,9 @@ def test_growth_freezes_older_tokens_and_knows_no_later_category(lab, monkeypatc
         {"alcohol": True, "betting": True}, two | {"horror": True},
         two | {"horror": False, "sex": True}, two | {"horror": True, "sex": True}]
     assert all(seen == {*moved, "neutral"} for moved, seen in trained)
+    first, *_, last = started  # one a category that is added
+    assert first == {"alcohol", "betting", "neutral"} and "sex" in last
+    assert len(started) == 6 and all("addiction" not in seen for seen in started)
 
 
 # --- What is said of it ---------------------------------------------------------------
@@ -340,7 +354,8 @@ def test_the_whole_report_is_written_from_finished_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(report.palette, "markdown", lambda result: "PALETTE")
     rows = made_up_rows()
     rows["table 1"]["MOSAIC-5"] = [made_up(None, dsr) for dsr in (0.5, 0.8, 0.5)]
-    text = report.markdown(rows)
+    text = report.markdown(rows, ["A way"])
+    assert text.endswith("Not run: A way.\n") and "Not run" not in report.markdown(rows)
     assert all(f"## {title}\n" in text for title in report.TITLES.values())
     assert "| MOSAIC-5 | 60.0 [50.0, 80.0] / 10.0 [10.0, 10.0] |" in text
     assert "| the paper's | 99.6 / 8.4 | 99.3 / 3.3 |" in text and "PALETTE" in text

@@ -7,8 +7,9 @@
 The rules (`mosaic.is_refusal`); XSTest's own string match, as its file has it; and a
 chat model asked JUDGE_QUESTION, Yes or No by log-likelihood. Left out: XSTest's partial
 refusals, empty and degenerate cases. Deflections are refusals. --words cuts answers
-for the first and the last judge. Shares with 95% Wilson intervals. FILE: a JSON object
-a line with model, request, answer, label, strmatch, from XSTest (arXiv 2308.01263).
+for the first and the last judge: 12 are the 16 tokens that all figures judge. Shares
+with 95% Wilson intervals. FILE: a JSON object a line with model, request, answer,
+label, strmatch, from XSTest (arXiv 2308.01263).
 """
 
 import argparse
@@ -88,7 +89,7 @@ def main():
     parser.add_argument("--answers", default="", help="XSTest's labelled answers")
     parser.add_argument("--model", default="", help="a chat model's folder or GGUF")
     parser.add_argument("--limit", type=int, default=0, help="a sample; 0: all")
-    parser.add_argument("--words", type=int, default=80, help="of an answer; 0: all")
+    parser.add_argument("--words", type=int, default=12, help="of an answer; 0: all")
     flags = parser.parse_args()
     groups = xstest(flags.answers, flags.limit) if flags.answers else {}
     groups |= judge_cases()

@@ -153,14 +153,9 @@ class Lab:
             epochs=1 if self.quick else cell.epochs, optimizer=cell.optimizer,
             kd_weight=cell.kd, negatives_per_positive=cell.negatives, **changes)
 
-    def fresh(self, names: list[str], cell: Cell) -> ControlTokens:
+    def fresh(self, names: list[str], cell: Cell, requests: list) -> ControlTokens:
         return ControlTokens.for_model(
-            self.model, self.tokenizer, names, cell.tokens, self.starts, seed=cell.seed)
-
-    @property
-    def starts(self) -> list[Request]:
-        """What telling words are taken from, as in the demo."""
-        return [q for q in self.requests if q.split == "train" and not q.near]
+            self.model, self.tokenizer, names, cell.tokens, requests, seed=cell.seed)
 
 
 class Way:
@@ -217,7 +212,7 @@ def learn(lab: Lab, cell: Cell) -> Way:
     if cell.method == "instruction":
         return Way(lab, summaries=lab.summaries)
     if cell.method == "mosaic":
-        tokens = lab.fresh(lab.categories, cell)
+        tokens = lab.fresh(lab.categories, cell, lab.requests)
         with objective(cell.objective):
             mosaic.train(
                 lab.model, lab.tokenizer, tokens, lab.requests, config, lab.learn)
@@ -240,18 +235,22 @@ STAGES = {
 def growth(lab: Lab, cell: Cell) -> dict:
     """Table 3: two categories, then more, each time with the older tokens frozen.
 
-    No stage sees requests of categories that come later, nor is asked any.
+    No stage sees requests of categories that come later, nor is asked any; their near
+    misses are neutral ones.
     """
     stages, tables = {}, {}
     for stage, (before, names) in STAGES.items():
+        known = [*(tables[before].categories if before else ()), *names, NEUTRAL]
+        requests = [q for q in lab.requests if q.category in known]
+        words = {q.prompt for q in requests}
+        references = [q for q in lab.learn if q.category in known  # and turns before it
+                      and words.issuperset(mosaic.user_words(q.prompt))]
         if before:
             tokens = copy.deepcopy(tables[before])
             tokens.freeze(tokens.categories)
-            tokens.add(lab.model, lab.tokenizer, names, None, lab.starts, cell.seed)
+            tokens.add(lab.model, lab.tokenizer, names, None, requests, cell.seed)
         else:
-            tokens = lab.fresh(names, cell)
-        known = [*tokens.categories, NEUTRAL]
-        references = [q for q in lab.learn if q.category in known]
+            tokens = lab.fresh(names, cell, requests)
         mosaic.train(lab.model, lab.tokenizer, tokens, lab.requests, lab.config(cell),
                      references)
         tables[stage] = tokens
@@ -329,6 +328,8 @@ def settings(cell: Cell, quick: bool) -> dict:
         **dataclasses.asdict(cell)}
     if cell.method == "palette":
         about["config"] = dataclasses.asdict(palette.Settings())
+    if cell.method == "growth":
+        about["known"] = "only requests of known categories, in start and turns, too"
     return json.loads(json.dumps(about))  # tuples become lists
 
 
@@ -393,7 +394,9 @@ def main() -> None:
                 pool.shutdown(cancel_futures=True)
             bar.write(f"finished: {job.result()}", file=sys.stderr)
     rows = report.rows_of(grid, {cell: finished(cell, flags) for cell in cells})
-    text = report.markdown(rows)
+    lacking = [title for name, some in grid.items() for title in some
+               if title not in rows.get(name, {})]
+    text = report.markdown(rows, lacking)
     print(text)
     if flags.all:
         report.pictures(rows, folder)

@@ -13,8 +13,9 @@ categories have in common and folded back (see Reparametrised); layers, vectors 
 layer; lora, one adapter steered by the written policy.
 
 What is cheap or comes first: --prefix reads what all prompts begin with (a template's
-system message) once; --decide_until and --first_order_until put the decision, and
-policies of one category, before the rest.
+system message) once, and --read_once the control tokens of a policy once for all rows
+of a batch that are under it; --decide_until and --first_order_until put the decision,
+and policies of one category, before the rest.
 
 Prints along the way the AUC of the refusal's log-probability by order, on training and
 validation requests; at the end DSR, OR and near-miss OR on validation, or with --test
@@ -73,6 +74,8 @@ def flags() -> argparse.Namespace:
         help="up to this share only the first three tokens of answers are learned")
     add("--prefix", action="store_true",
         help="what all prompts begin with is read once and kept as a cache")
+    add("--read_once", action="store_true", help="--prefix, and in a batch each "
+        "policy's control tokens are read once; single turns only")
     add("--steps", type=int, default=1000)
     add("--minutes", type=float, help="the clock ends it, in place of --steps")
     add("--tokens_per_category", type=int, default=20)
@@ -99,6 +102,9 @@ def flags() -> argparse.Namespace:
     add("--picture", nargs="+", help="an SVG file to draw, and the runs' files")
     add("--output", default="runs/real/run.json")
     args = parser.parse_args()
+    args.prefix |= args.read_once
+    if args.read_once and args.later_turns:
+        parser.error("--read_once is for --later_turns 0: one place for control tokens")
     if args.prefix and args.method in ("layers", "lora"):
         parser.error("--prefix is for control tokens that stand behind it")
     return args
@@ -117,29 +123,53 @@ def few(requests: list, most: int, seed: int = 0) -> list:
 
 
 class Prefixed:
-    """A backbone that has read `ids` already: their keys and values are kept.
+    """A backbone that has read already what rows begin with: keys and values are kept.
 
-    It takes the model's place in mosaic.answer_logits, for rows that lack these ids.
+    It takes the model's place in mosaic.answer_logits, for rows that lack these `ids`
+    and, after `read`, the control tokens.
     """
 
     def __init__(self, model: mosaic.Model, ids: Sequence[int]):
-        self.model, self.length = model, len(ids)
+        self.model, self.turn = model, []
         with torch.no_grad():
             read = model(torch.tensor([ids], device=model.device), use_cache=True)
-        layers = read.past_key_values.layers
-        self.kept = [(layer.keys, layer.values) for layer in layers]  # (1, heads, P, d)
+        self.kept = self.cached(read)  # keys and values of each layer, (1, heads, P, d)
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
+    @staticmethod
+    def cached(read: transformers.utils.ModelOutput) -> list[tuple[Tensor, Tensor]]:
+        return [(layer.keys, layer.values) for layer in read.past_key_values.layers]
+
+    def after(self, model: nn.Module, kept: list, at: list[int], mask: Tensor,
+              **inputs):
+        """`model` on rows of which the i-th goes on from `kept`'s row at[i]."""
+        past = [[half[at] for half in layer] for layer in kept]
+        length = past[0][0].shape[2]
+        return model(
+            attention_mask=torch.cat([mask.new_ones(len(mask), length), mask], 1),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0) + length,
+            past_key_values=transformers.DynamicCache(past), **inputs)
+
+    def read(self, controls: Sequence[Tensor], turn: Sequence[int]) -> None:
+        """Read control tokens (R, D), a policy each, once for all rows under it.
+
+        The next rows, len(turn) in all, go on from policy turn[i]: with a gradient, as
+        if each had read it for itself.
+        """
+        x = torch.stack([*controls]).to(self.model.get_input_embeddings().weight)
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+        read = self.after(  # no answer is in it, so it goes through no output head
+            self.model.base_model, self.kept, [0] * len(x), mask, inputs_embeds=x,
+            use_cache=True)
+        self.policies, self.turn = self.cached(read), [*turn]
+
     def __call__(self, attention_mask: Tensor, position_ids: Tensor, **inputs):
         b = len(attention_mask)
-        shared = [[half.expand(b, -1, -1, -1) for half in kept] for kept in self.kept]
-        seen = attention_mask.new_ones(b, self.length)
-        return self.model(
-            attention_mask=torch.cat([seen, attention_mask], 1),
-            position_ids=position_ids + self.length,
-            past_key_values=transformers.DynamicCache(shared), **inputs)
+        at, self.turn = self.turn[:b], self.turn[b:]
+        kept = self.policies if at else self.kept
+        return self.after(self.model, kept, at or [0] * b, attention_mask, **inputs)
 
 
 # --- Parameters that the categories share ---------------------------------------------
@@ -203,6 +233,8 @@ class Job:
         if args.bf16:
             self.model = self.model.to(torch.bfloat16)
         self.model.eval().requires_grad_(False)
+        if device == "cpu":  # given a mask, its other kernels' backward takes longer
+            self.model.set_attn_implementation("eager")
         self.big = 256 if device == "cuda" else 32  # rows at once where none is trained
         self.config = TrainConfig(**{knob: getattr(args, knob) for knob in KNOBS})
         requests = read_requests(args.data)
@@ -305,6 +337,18 @@ class Job:
         placed = task.request.placed[self.cut:]
         return Row(placed, self.tokens.compose(task.policy, rng))
 
+    def read_policies(
+        self, tasks: list[Task], rows: list[Row], rng: random.Random | None = None
+    ) -> list[Row]:
+        """With --read_once: have the policies read, and the rows without them."""
+        if not self.args.read_once:
+            return rows
+        policies = [*dict.fromkeys(task.policy for task in tasks)]
+        controls = [self.tokens.compose(policy, rng) for policy in policies]
+        self.reader.read(controls, [policies.index(task.policy) for task in tasks])
+        assert all(row.prompt.index(mosaic.PLACE) == 0 for row in rows)
+        return [row._replace(prompt=row.prompt[1:], control=None) for row in rows]
+
     @torch.no_grad()
     def auc(self, references: list, orders: list[int]) -> dict[int, float]:
         """AUC of the refusal's log-probability: requests to decline against others."""
@@ -312,12 +356,14 @@ class Job:
         for order in orders:
             policies = mosaic.subsets(
                 self.categories, order, self.args.policies, random.Random(0))
-            tasks = [Task(q, policy) for policy in policies for q in references]
-            rows = [self.row(task)._replace(answer=self.refusal) for task in tasks]
-            scores = answer_log_probabilities(self.reader, rows, self.big)
             sides = {True: [], False: []}
-            for task, score in zip(tasks, scores):
-                sides[task.refuse].append(score)
+            for policy in policies:
+                tasks = [Task(q, policy) for q in references]
+                rows = [self.row(task)._replace(answer=self.refusal) for task in tasks]
+                rows = self.read_policies(tasks, rows)
+                scores = answer_log_probabilities(self.reader, rows, self.big)
+                for task, score in zip(tasks, scores):
+                    sides[task.refuse].append(score)
             found[order] = round(auc(sides[True], sides[False]), 4)
         return found
 
@@ -357,6 +403,7 @@ class Job:
             tasks = [Task(dataclasses.replace(q, answer=q.answer[:3]), policy)
                      for q, policy in tasks]
         rows = mosaic.task_rows(self.tokens, tasks, refusal, rng)
+        rows = self.read_policies(tasks, rows, rng)
         weights = mosaic.answer_weights(rows, self.config, self.progress)
         logged = mosaic.batch_losses(self.reader, tasks, rows, weights, refusal)
         loss = logged[0] + logged[1] + self.config.kd_weight * logged[2]
