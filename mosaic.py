@@ -761,7 +761,8 @@ class OrderSampler:
             pools.setdefault((request.category, bool(request.near)), []).append(request)
         # Without neutral ones all would be refused.
         if empty := [c for c in (*categories, NEUTRAL) if (c, False) not in pools]:
-            raise ValueError(f"no training request of category {empty[0]!r}")
+            what = "no training request that the backbone answers"
+            raise ValueError(f"{what} is of category {empty[0]!r}: bring some")
         # Round and round: in an epoch each request of a kind is used equally often.
         self.pools = {kind: itertools.cycle(pool) for kind, pool in pools.items()}
 
@@ -1052,7 +1053,7 @@ def train(
         except Exception:  # whatever unpickling meets
             state = {}
         if state.get("run") != run:
-            what = "damaged, or of other data, settings or start vectors"
+            what = "damaged, or of other data, settings, start or date in the prompts"
             raise ValueError(f"{checkpoint} is {what}: take those again, or delete it")
         tokens.load_state_dict(state["tokens"])
         optimizer.load_state_dict(state["optimizer"])

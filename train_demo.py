@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -58,6 +59,7 @@ def main() -> None:
     check_fit(flags, config, model, tokenizer, tokens, requests, summaries)
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)  # now: later, a training would be lost
+    tempfile.TemporaryFile(dir=folder).close()
     say_what_learns(requests, tokens, model, f"{name} on {flags.device}")
 
     # Show: what the untouched backbone declines by itself is not ours to judge.
@@ -74,6 +76,8 @@ def main() -> None:
         mosaic.train(model, tokenizer, tokens, requests, config,
                      checkpoint=str(folder / "training.pt"))
         tokens.save(str(folder / "tokens.safetensors"))  # whatever comes after
+        for old in "results.json", "report.html":  # of the table that was there
+            (folder / old).unlink(missing_ok=True)
 
     # Evaluate: policies of every order, the same requests, by a rule and by tokens.
     figures = measure(model, tokenizer, tokens, asked, summaries)
@@ -83,14 +87,15 @@ def main() -> None:
 
     # Compose: a request of each category under four policies. Save, export.
     shown = show_answers(model, tokenizer, tokens, asked)
-    results = {"model": name, "settings": vars(flags) | asdict(config),
+    trained = tokens.made_for.get("training", asdict(config))  # a saved table's own
+    results = {"model": name, "settings": vars(flags) | trained,
                "backbone_declines": declined, **figures}
     write_results(folder, results, shown)
     if flags.export:
         mosaic.export_checkpoint(model, tokenizer, tokens, flags.export)
         print(f"exported to {flags.export}")
     if tokens.trainable:
-        (folder / "training.pt").unlink()
+        (folder / "training.pt").unlink(missing_ok=True)
 
 
 # --- Its parts ------------------------------------------------------------------------
@@ -301,7 +306,8 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
     answer = max(SHOWN_TOKENS, config.answer_tokens)
     earlier = config.answer_tokens if config.later_turns else 0  # an answer in a chat
     refuse("test" not in {q.split for q in requests},
-           f"{flags.data}: no request has split 'test'; take more rows")
+           f"{flags.data}: no request has split 'test'; give some to it, or leave out "
+           "the column: a hash divides them")
     for q in requests:
         try:
             refuse({q.category, q.near or NEUTRAL} - {*known},
@@ -369,8 +375,10 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
     flags.model = name
     refuse(flags.add and not flags.tokens, "--add grows a saved table: give --tokens")
     output, export = Path(flags.output).resolve(), Path(flags.export).resolve()
-    refuse(flags.add and output / "tokens.safetensors" == Path(flags.tokens).resolve(),
-           "--add would write over --tokens: give another --output")
+    there = output / "tokens.safetensors"
+    if flags.tokens and there.exists():  # another table's results, or one to be grown
+        refuse(bool(flags.add) == (there == Path(flags.tokens).resolve()),
+               f"--output {flags.output} has a table: give a folder for this one")
     refuse(flags.export and (export.exists() or output.is_relative_to(export)),
            f"--export {flags.export} exists already; name a folder that does not")
     knobs = {knob.name: getattr(flags, knob.name) for knob in fields(TrainConfig)}

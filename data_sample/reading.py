@@ -70,6 +70,7 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = model.to(device)  # may not fit
         prompt_ids(tokenizer, "Hi", place=True)  # does its template work?
+        model.config._name_or_path = name  # of an adapter or GGUF file, not its base
         causal = is_causal(model)  # does it run?
     except Exception as error:  # anything at all can be wrong with a checkpoint
         where = "" if os.path.isdir(source) else "no such folder, and on the hub: "
@@ -97,7 +98,7 @@ def is_causal(model: Model) -> bool:
     model.eval()  # with dropout they would differ in any case
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
     states = model(ids, output_hidden_states=True).hidden_states[-1][:, 0].float()
-    return ((states[0] - states[1]).norm() < 0.01 * states.norm()).item()
+    return ((states[0] - states[1]).norm() <= 0.01 * states.norm()).item()
 
 
 def find_model(name: str) -> tuple[str, dict]:
@@ -157,7 +158,7 @@ def read_requests(
                        f"the request of {there} again, with another {label}; keep one")
         except ValueError as error:
             raise ValueError(f"{here}: {error}") from None
-    refuse(not seen, f"{path}: the file is empty (no rows); one is like {FORM}")
+    refuse(not seen, f"{path}: no rows to read; one is like {FORM}")
     if repeats := count - len(seen):
         print(f"{path}: repeated rows (request, category, split) merged: {repeats:,}")
     return [one for _, one in seen.values()]
@@ -298,7 +299,7 @@ def csv_rows(path: str) -> Iterator[tuple[str, dict]]:
                 columns = [name.strip() for name in cells]
                 once([*zip(columns, cells)], f"{here}: column ")
             elif any(cells):
-                refuse([*map(str.strip, cells)] == columns,
+                refuse([name.strip("\ufeff \t") for name in cells] == columns,
                        f"{here}: the header again; take it out")
                 refuse(len(cells) != len(columns),
                        f"{here}: {len(cells)} cells, but {len(columns)} columns; put "

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -128,9 +129,30 @@ def test_a_saved_table_is_evaluated_as_it_was_without_training(run, tiny):
     assert done.code == 0 and "trained: nothing\n" in done.out, done.err
     again = json.loads((folder / "again/results.json").read_text())
     assert again["orders"] == results["orders"]
+    for knob in "epochs", "positives_per_subset":  # the table's own, not the defaults
+        assert again["settings"][knob] == results["settings"][knob]
     assert {path.name for path in (folder / "again").iterdir()} == {
         "results.json", "report.html", "training.pt"
     }
+
+
+def test_a_folder_keeps_the_results_of_its_own_table(run, tiny):
+    folder = run[2]
+    before = (folder / "runs/demo/results.json").read_bytes()
+    with contextlib.chdir(folder):
+        shutil.copy(TABLE, "other.safetensors")
+        done = call("--model", tiny, "--data", "few.jsonl", "--device", "cpu",
+                    "--tokens", "other.safetensors")
+    assert done.code == 2 and "--output runs/demo has a table: give a" in done.err
+    assert (folder / "runs/demo/results.json").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder like it")
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_read(run, tiny):
+    with contextlib.chdir(run[2]):
+        done = call("--model", tiny, "--data", "few.jsonl", "--device", "cpu",
+                    "--output", "/proc/self")
+    assert done.code == 2 and "'/proc/self/" in done.err and "read:" not in done.out
 
 
 def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, tiny):
@@ -222,6 +244,7 @@ def test_a_training_outlives_what_fails_behind_it(part, run, tiny, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(tmp_path):
+        shutil.copytree(run[2] / "runs", "runs")
         patch.setattr(f"train_demo.{part}", fail)
         done = call("--model", tiny, "--data", run[2] / "few.jsonl", "--device", "cpu",
                     "--epochs", 1, "--positives_per_subset", 2, "--answer_tokens", 2,
@@ -229,6 +252,8 @@ def test_a_training_outlives_what_fails_behind_it(part, run, tiny, tmp_path):
     assert done.code == 2
     kept = {path.name for path in (tmp_path / "runs/demo").iterdir()}
     assert kept >= {"tokens.safetensors", "training.pt"}
+    old = kept & {"results.json", "report.html"}  # of the table before
+    assert not old if part == "evaluate" else len(old) == 2
 
 
 @pytest.mark.slow
@@ -390,7 +415,7 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--optimizer sgd", None, "optimizer is 'sgd'; take muon or adam"),
     ("--device tpu", None, "argument --device: invalid choice: 'tpu'"),
     ("--add golf", None, "--add grows a saved table: give --tokens"),
-    (f"--add golf --tokens {SHIPPED} --output {SHIPPED.parent}", None, "--add would"),
+    (f"--add golf --tokens {SHIPPED} --output {SHIPPED.parent}", None, "has a table"),
     ("--export .", None, "--export . exists already; name a folder that does not"),
     ("--export x/y --output x/y/", None, "--export x/y exists already"),
     ("--export x --output x/y", None, "--export x exists already"),
@@ -484,7 +509,7 @@ def test_a_category_unknown_to_a_saved_table_is_named_with_its_request(
     data = tmp_path / "d.jsonl"
     data.write_text(TEST.replace('"b"', '"tobacco"'), encoding="utf-8")
     done = call("--data", data, "--model", tiny, "--device", "cpu",
-                "--tokens", run[2] / TABLE)
+                "--tokens", run[2] / TABLE, "--output", tmp_path / "out")
     assert done.code == 2 and "d.jsonl, 'c': unknown category 'tobacco'" in done.err
     assert "known here are alcohol, betting, neutral" in done.err
 
@@ -667,6 +692,7 @@ def test_a_lora_folder_is_merged_to_the_logits_of_the_peft_model(
         tokenizer.save_pretrained(tmp_path)
     merged, own, _ = train_demo.load_backbone(str(tmp_path), "cpu")
     assert type(merged) is type(AutoModelForCausalLM.from_pretrained(tiny))
+    assert merged.config._name_or_path == str(tmp_path)  # what a table is made for
     ids = own("What goes in a stew?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         wanted = adapted(ids).logits
@@ -701,6 +727,14 @@ def test_a_model_that_reads_both_ways_is_refused(tmp_path, tokenizer):
             told = pytest.raises(ValueError, match="reads what comes after a word")
         with told:
             train_demo.load_backbone(str(tmp_path), "cpu")
+
+
+def test_a_model_whose_first_embedding_is_zero_is_taken(tmp_path, tokenizer):
+    model = tiny_model("llama", tokenizer)
+    model.get_input_embeddings().weight.data[0] = 0  # as a padding row starts
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    train_demo.load_backbone(str(tmp_path), "cpu")
 
 
 def test_an_adapter_without_peft_says_what_is_missing(tmp_path, monkeypatch):
@@ -833,7 +867,10 @@ def test_on_cuda_the_embedded_backbone_is_trained_as_on_a_cpu(
 
 
 @pytest.mark.parametrize("flag", ["--chat", "--tokens"])
-def test_a_saved_table_brings_its_own_backbone(flag, tokens, flags_on_cuda, tmp_path):
+def test_a_saved_table_brings_its_own_backbone(
+    flag, tokens, flags_on_cuda, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     flags, config = flags_on_cuda(flag, EMBEDDED.parent / "tokens.safetensors")
     assert Path(flags.model).resolve() == EMBEDDED and config == mosaic.TrainConfig()
     tokens.made_for["backbone"] = "some/model"
