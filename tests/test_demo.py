@@ -274,6 +274,50 @@ def test_a_short_run_of_the_embedded_backbone_declines_what_it_should(tmp_path):
         assert dsr > 0.6 and dsr - over > 0.3 and over < 0.2 * cell["order"] ** 2, cell
 
 
+def test_figures_stand_under_their_titles():
+    def cell(*declined):
+        shares = [mosaic.share([True] * n + [False] * (10 - n)) for n in declined]
+        return {"order": 1, **dict(zip(("dsr", "over_refusal", "near_miss"), shares))}
+
+    figures = {"orders": [cell(9, 2, 4)], "instruction": [cell(5, 1, 3)]}
+    rows = [[title, *(share.split()[0] for share in shares)]
+            for title, *shares in train_demo.percents(figures)]
+    assert rows == [["written instruction, order 1", "50.0", "10.0", "30.0"],
+                    ["MOSAIC, order 1", "90.0", "20.0", "40.0"]]
+
+
+def test_the_rule_and_the_tokens_are_each_measured_under_their_policies(
+    backbone, tokenizer, monkeypatch
+):
+    names, no = ["golf", "tea"], "Njet, njet, njet."
+    table = ControlTokens.for_model(backbone, tokenizer, names, refusal=no)
+
+    def answer(model, tokenizer, tokens, prompts, policies, length, title):
+        if tokens is None:  # the rule is read before the request
+            off = [p[-1]["content"] in p[0]["content"] for p in prompts]
+        else:
+            off = [p in policy for p, policy in zip(prompts, policies)]
+        return [no if one else "Well." for one in off]
+
+    monkeypatch.setattr(train_demo, "generate", answer)
+    asked = [mosaic.Request(name, name) for name in names]
+    figures = train_demo.measure(backbone, tokenizer, table, asked, {})
+    assert [*figures] == ["instruction", "orders"]
+    for cells in figures.values():
+        assert [cell["dsr"]["rate"] for cell in cells] == [1, 1]
+        assert cells[0]["over_refusal"]["rate"] == 0
+
+
+def test_a_prompt_fits_with_all_categories_in_each_turn(tokenizer):
+    model = tiny_model("llama", tokenizer)
+    tokens = ControlTokens.for_model(model, tokenizer, ["a", "b"], 3)
+    chat = [{"role": role, "content": "Odds?"} for role in ("user", "assistant", "user")]
+    need = len(mosaic.prompt_ids(tokenizer, chat, place=True)) + 2 * 6 + 8
+    for room in need, need - 1:
+        model.config.max_position_embeddings = room
+        assert train_demo.fits(model, tokenizer, tokens, chat, 8) == (room == need)
+
+
 # --- The written instruction ----------------------------------------------------------
 
 TURNS = (

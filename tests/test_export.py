@@ -379,6 +379,33 @@ def test_categories_may_have_any_name(model, tokenizer, tmp_path, out):
         assert templated(reader, CHAT, [name]) == filled(placed, own)
 
 
+def test_without_a_policy_an_export_thinks_as_the_backbone_does():
+    own = tokenizer_like("qwen 3")
+    shown = [
+        one.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+        for one in (own, mosaic.with_policies(own, {"sex": ["<|sex:0|>"]}))
+    ]
+    assert shown[0] == shown[1] and "<think>" not in shown[1]
+
+
+def test_a_template_with_policies_leaves_all_of_a_message_but_its_words(tokenizer):
+    own = mosaic.copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.tool_calls }} {{ m.tool_call_id }} "
+        "{{ m.content is string }} {{ m.content }}{% endfor %}"
+    )
+    chat = [
+        *CHAT, {"role": "assistant", "content": None, "tool_calls": ["a"]},
+        {"role": "assistant", "content": "Wait.", "tool_calls": ["b"]},
+        {"role": "tool", "content": "7/2", "tool_call_id": "b"},
+    ]
+    shown = [
+        one.apply_chat_template(chat, tokenize=False)
+        for one in (own, mosaic.with_policies(own, {"sex": ["<|sex:0|>"]}))
+    ]
+    assert shown[0] == shown[1] and "['a']  False" in shown[1]
+
+
 # --- Served by transformers -----------------------------------------------------------
 
 

@@ -143,6 +143,21 @@ def test_the_start_is_as_long_as_the_residual_stream_half_way_up(
     assert 0.7 < scaled * words.square().mean().sqrt() / size < 1.4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_the_unit_is_that_of_embeddings_as_the_model_reads_them(family, tokenizer):
+    model = tiny_model(family, tokenizer)
+    read = model.get_input_embeddings()(torch.arange(len(tokenizer)))
+    std = mosaic.embedding_std(model, tokenizer)
+    assert std == pytest.approx(read.std().item(), rel=0.05)
+
+
+def test_vectors_and_logits_are_fp32_on_a_backbone_in_bf16(model, tokenizer):
+    table = ControlTokens.for_model(model.bfloat16(), tokenizer, CATEGORIES, 2)
+    assert {vectors.dtype for vectors in table.vectors} == {torch.float32}
+    row = mosaic.control_row(tokenizer, table, ["sex"], "Hi", [9])
+    assert mosaic.answer_logits(model, [row])[0].dtype == torch.float32
+
+
 DAILY = [
     Request("the gin today", "alcohol"), Request("the wine gin today", "alcohol"),
     Request("the poker odds today", "betting"), Request("the odds today", "betting"),
@@ -278,6 +293,15 @@ def test_a_full_disk_leaves_what_was_there_and_no_half_of_a_file(
             mosaic.export_checkpoint(model, tokenizer, tokens, path)
     assert path.exists() == (kind == "table")
     assert kind != "table" or path.read_bytes() == b"before"
+
+
+def test_a_table_starts_and_grows_at_the_words_of_its_requests(model, tokenizer):
+    table = ControlTokens.for_model(model, tokenizer, ["alcohol"], 2, DAILY)
+    table.add(model, tokenizer, ["betting"], requests=DAILY)
+    for name, vectors in zip(table.categories, table.vectors):
+        ids = torch.tensor(mosaic.telling_ids(tokenizer, DAILY, name, 2))
+        words = model.get_input_embeddings()(ids)
+        assert F.cosine_similarity(vectors, words).min() > 0.9
 
 
 # --- 3. From prompt to batch to logits ------------------------------------------------
@@ -638,7 +662,77 @@ def test_a_category_without_requests_is_named():
         OrderSampler(labelled(["a"]), ["a", "golf"], ["a"], 1, 1.0, random.Random(0))
 
 
+def test_an_epoch_smaller_than_the_data_takes_requests_from_all_over_it():
+    asked = [Request(f"{i}", c) for c in ("a", NEUTRAL) for i in range(400)]
+    drawn = OrderSampler(asked, ["a"], ["a"], 40, 1.0, random.Random(0)).of_order(1)
+    places = [int(task.request.prompt) for task in drawn]
+    assert min(places) < 100 and max(places) > 300
+
+
 # --- 7. Training ----------------------------------------------------------------------
+
+
+def test_defaults_are_those_that_the_readme_speaks_of():
+    assert dataclasses.asdict(TrainConfig()) == {
+        "orders": None, "epochs": 8, "optimizer": "muon", "learning_rate": 0.7,
+        "kd_weight": 1.0, "first_weight": 3.0, "later_weight": 0.3,
+        "positives_per_subset": 100, "negatives_per_positive": 1.0, "batch_size": 16,
+        "answer_tokens": 16, "later_turns": 0.5, "seed": 0,
+    }
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The batches of tasks that a training sees."""
+    seen, real = [], mosaic.batch_losses
+    monkeypatch.setattr(
+        mosaic, "batch_losses",
+        lambda model, tasks, *more: seen.append(tasks) or real(model, tasks, *more))
+    return seen
+
+
+def test_by_default_orders_one_to_four_are_trained_in_turn(
+    model, tokenizer, tokens, requests, trained
+):
+    config = TrainConfig(epochs=1, positives_per_subset=2, answer_tokens=2)
+    mosaic.train(model, tokenizer, tokens, requests, config)
+    orders = [{len(task.policy) for task in tasks} for tasks in trained]
+    assert orders == [{1}, {2}, {3}, {4}] * 2
+
+
+def test_training_draws_as_many_negatives_as_told_and_only_what_still_learns(
+    model, tokenizer, tokens, requests, trained
+):
+    tokens.freeze(CATEGORIES[:4])
+    config = dataclasses.replace(QUICK, negatives_per_positive=2.0)
+    mosaic.train(model, tokenizer, tokens, requests, config)
+    tasks = [task for tasks in trained for task in tasks]
+    assert Counter(task.refuse for task in tasks) == {True: 8, False: 16}
+    assert all("sex" in task.policy for task in tasks)
+
+
+def test_later_turns_are_of_requests_from_all_over_and_follow_many(
+    model, tokenizer, requests
+):
+    found = mosaic.training_references(model, tokenizer, requests, QUICK)
+    later, asked = found[len(requests):], [q.prompt for q in requests]
+    places = [asked.index(q.prompt[-1]["content"]) for q in later]
+    assert max(places) >= len(later) > 3
+    assert len({q.prompt[0]["content"] for q in later}) > 3
+
+
+def test_the_means_of_an_epoch_go_by_their_names(
+    model, tokenizer, tokens, requests, monkeypatch
+):
+    rows = iter([[1.0, 2.0, 3.0, 0.5, math.nan], [3.0, 4.0, 5.0, math.nan, 0.25]])
+    monkeypatch.setattr(
+        mosaic, "batch_losses",
+        lambda *given: torch.tensor(next(rows)) + 0 * tokens.vectors[0].sum())
+    config = dataclasses.replace(
+        QUICK, orders=(1,), positives_per_subset=2, batch_size=10)
+    (means,) = mosaic.train(model, tokenizer, tokens, requests, config)
+    assert means == {"refusal": 2, "reference": 3, "kd": 4,
+                     "declines_active": 0.5, "declines_others": 0.25}
 
 
 @pytest.mark.parametrize(
