@@ -311,7 +311,8 @@ def test_the_rule_and_the_tokens_are_each_measured_under_their_policies(
 def test_a_prompt_fits_with_all_categories_in_each_turn(tokenizer):
     model = tiny_model("llama", tokenizer)
     tokens = ControlTokens.for_model(model, tokenizer, ["a", "b"], 3)
-    chat = [{"role": role, "content": "Odds?"} for role in ("user", "assistant", "user")]
+    roles = "user", "assistant", "user"
+    chat = [{"role": role, "content": "Odds?"} for role in roles]
     need = len(mosaic.prompt_ids(tokenizer, chat, place=True)) + 2 * 6 + 8
     for room in need, need - 1:
         model.config.max_position_embeddings = room

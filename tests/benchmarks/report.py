@@ -40,7 +40,8 @@ NOTES = {
     "read the policy as a rule with the categories' names; their rate was not tuned. "
     "In context: the rule with a summary of each category; low by construction, since "
     "the backbone was taught to follow rules on 60 other topics, and never to decline "
-    "one of these five. Mean of the seeds [lowest, highest]. The paper's: Llama-3.2-3B.",
+    "one of these five. Mean of the seeds [lowest, highest]. The paper's: "
+    "Llama-3.2-3B.",
     "objective": "Weights of positions: an answer's first token 3 and the others 0.3, "
     "going over to 1 in the last third (the default); 1 throughout (the paper's sum); "
     "or 1 / length. Muon but for one row. 4 epochs but for one row.",
