@@ -259,6 +259,10 @@ def test_a_run_that_reads_policies_once_has_the_curve_of_one_that_does_not(
         assert once["auc"][split] == pytest.approx(aucs, abs=0.01), split
     # Three batches; five policies of either order, on two splits, before and after.
     assert len(turns) == 3 + 2 * 5 * 2 * 2 and any(map(any, turns))
+    again = f"{flags} --read_once --tokens {tmp_path / 'run.safetensors'}"
+    saved = run_real(monkeypatch, tmp_path, again.replace("--no_answers", ""))
+    last = once["auc"]["validation"]["1"]
+    assert saved["validation_auc"] == {"1": pytest.approx(last, abs=0.01)}
 
 
 def test_the_start_can_be_longer_and_the_refusal_another(

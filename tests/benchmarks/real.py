@@ -247,8 +247,9 @@ class Job:
         self.learn, self.held = self.references(requests)
         self.reader, self.cut = self.model, 0
         if args.prefix:
-            shared = os.path.commonprefix([q.placed for q in self.learn])
-            shared = os.path.commonprefix([shared, *(q.bare for q in self.learn)])
+            read = [*self.learn, *itertools.chain(*self.held.values())]
+            shared = os.path.commonprefix([*(q.placed for q in read),
+                                           *(q.bare for q in read)])
             self.reader, self.cut = Prefixed(self.model, shared), len(shared)
             self.learn = [dataclasses.replace(
                 q, bare=q.bare[self.cut:], placed=q.placed[self.cut:])
