@@ -779,7 +779,8 @@ def test_a_model_whose_first_embedding_is_zero_is_taken(tmp_path, tokenizer):
     model.get_input_embeddings().weight.data[0] = 0  # as a padding row starts
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    train_demo.load_backbone(str(tmp_path), "cpu")
+    read, _, name = train_demo.load_backbone(str(tmp_path), "cpu")
+    assert not read.get_input_embeddings().weight[0].any() and name == str(tmp_path)
 
 
 def test_an_adapter_without_peft_says_what_is_missing(tmp_path, monkeypatch):
