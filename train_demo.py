@@ -306,8 +306,8 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
     answer = max(SHOWN_TOKENS, config.answer_tokens)
     earlier = config.answer_tokens if config.later_turns else 0  # an answer in a chat
     refuse("test" not in {q.split for q in requests},
-           f"{flags.data}: no request has split 'test'; give some to it, or leave out "
-           "the column: a hash divides them")
+           f"{flags.data}: no request has split 'test'; name it in some rows or, "
+           "without that column, take more of them")
     for q in requests:
         try:
             refuse({q.category, q.near or NEUTRAL} - {*known},

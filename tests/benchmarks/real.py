@@ -143,13 +143,13 @@ class Prefixed:
         return [(layer.keys, layer.values) for layer in read.past_key_values.layers]
 
     def after(self, model: nn.Module, kept: list, at: list[int], mask: Tensor,
-              **inputs):
+              positions: Tensor, **inputs):
         """`model` on rows of which the i-th goes on from `kept`'s row at[i]."""
         past = [[half[at] for half in layer] for layer in kept]
         length = past[0][0].shape[2]
         return model(
             attention_mask=torch.cat([mask.new_ones(len(mask), length), mask], 1),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0) + length,
+            position_ids=positions + length,
             past_key_values=transformers.DynamicCache(past), **inputs)
 
     def read(self, controls: Sequence[Tensor], turn: Sequence[int]) -> None:
@@ -161,15 +161,16 @@ class Prefixed:
         x = torch.stack([*controls]).to(self.model.get_input_embeddings().weight)
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
         read = self.after(  # no answer is in it, so it goes through no output head
-            self.model.base_model, self.kept, [0] * len(x), mask, inputs_embeds=x,
-            use_cache=True)
+            self.model.base_model, self.kept, [0] * len(x), mask, mask.cumsum(1) - 1,
+            inputs_embeds=x, use_cache=True)
         self.policies, self.turn = self.cached(read), [*turn]
 
     def __call__(self, attention_mask: Tensor, position_ids: Tensor, **inputs):
         b = len(attention_mask)
         at, self.turn = self.turn[:b], self.turn[b:]
         kept = self.policies if at else self.kept
-        return self.after(self.model, kept, at or [0] * b, attention_mask, **inputs)
+        at = at or [0] * b
+        return self.after(self.model, kept, at, attention_mask, position_ids, **inputs)
 
 
 # --- Parameters that the categories share ---------------------------------------------
