@@ -145,10 +145,12 @@ class Prefixed:
     def after(self, model: nn.Module, kept: list, at: list[int], mask: Tensor,
               positions: Tensor, **inputs):
         """`model` on rows of which the i-th goes on from `kept`'s row at[i]."""
-        past = [[half[at] for half in layer] for layer in kept]
+        b, rows = len(mask), torch.tensor(at, device=mask.device)
+        past = [[half.expand(b, -1, -1, -1) if len(half) == 1 else half[rows]
+                 for half in layer] for layer in kept]
         length = past[0][0].shape[2]
         return model(
-            attention_mask=torch.cat([mask.new_ones(len(mask), length), mask], 1),
+            attention_mask=torch.cat([mask.new_ones(b, length), mask], 1),
             position_ids=positions + length,
             past_key_values=transformers.DynamicCache(past), **inputs)
 
