@@ -6,8 +6,9 @@ of a frozen causal language model, are trained to make it decline exactly the ca
 that a policy names, and to leave every other answer as it was.
 
 Paper: Peng et al., "MOSAIC: Composable Safety Alignment with Modular Control Tokens",
-arXiv 2603.16210, 2026. This is the first public code of it. Where it decides what the
-paper leaves open, or does otherwise, a comment says `Differs from the paper:`.
+arXiv 2603.16210, 2026. As far as we know, no other code of it is public. Where this one
+decides what the paper leaves open, or does otherwise, a comment says `Differs from the
+paper:`.
 
     backbone          the frozen causal LM, f_theta; no weight of it ever changes
     category          one kind of request that can be switched off, c_1 .. c_K
@@ -240,7 +241,7 @@ class ControlTokens(nn.Module):
     ) -> "ControlTokens":
         """A fresh table for a backbone. ValueError: bad names, M or backbone.
 
-        M is 5 as in the paper; with 20 a larger backbone has learned faster.
+        M is 5 as in the paper; 20 is what has been tried on larger backbones.
         """
         name = model.config._name_or_path
         made_for = {"backbone": name, "fingerprint": fingerprint(model)}
@@ -262,7 +263,7 @@ class ControlTokens(nn.Module):
         the words that tell the category best in `requests`, or of its name, with a
         little noise that depends on the seed and the name alone, made as long as the
         residual stream half-way up (which is read: the model stays in eval mode). Ones
-        as short as an embedding are turned too far by each step: losses stay higher.
+        as short as an embedding are turned too far by each step.
         """
         m = len(self.vectors[0]) if tokens_per_category is None else tokens_per_category
         names = [*self.categories, *categories]
@@ -462,10 +463,12 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: bool = False) -> lis
     Differs from the paper, which writes [z_S, x] and does not speak of chat templates:
     x is what the user says, so the tokens stand inside the turn, and in a chat in each.
     An exported checkpoint has the same ids, since it has the same template. ValueError:
-    the backbone's template drops the user's words, or repeats them.
+    the backbone's template drops the user's words, repeats them, or opens a thought.
     """
     marked = with_mark(tokenizer)
     ids = template_ids(marked, prompt, ["mosaic"] if place else [])
+    if marked.decode(ids[-16:]).rstrip().endswith("<think>"):
+        raise ValueError("the chat template has the model think aloud: take another")
     mark = marked.convert_tokens_to_ids(MARK)
     if place and ids.count(mark) != len(user_words(prompt)):
         raise ValueError(f"the chat template drops or repeats words: {prompt!r:.80}")
@@ -560,10 +563,18 @@ def padded_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 
 def end_ids(model: Model, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end an answer: the tokenizer's and the checkpoint's own."""
+    """The ids that end an answer: the tokenizer's, the checkpoint's, the template's.
+
+    A GGUF file names a single one, which is not what ends a turn of Phi-3 or Gemma 2.
+    """
     ends = model.generation_config.eos_token_id  # an id, a list of them or None
     ends = ends if isinstance(ends, list) else [ends]
-    return {tokenizer.eos_token_id, *ends} - {None}
+    turns = [*as_messages("?"), {"role": "assistant", "content": REFUSAL}]
+    after = "".join(render(tokenizer, turns).split(REFUSAL)[1:])
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    marks = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    marks = [i for i in marks if tokenizer.decode(i).strip()]  # Gemma has blank ones
+    return {tokenizer.eos_token_id, *ends, *marks[:1]} - {None}
 
 
 @torch.no_grad()
@@ -1182,6 +1193,7 @@ def export_checkpoint(
     ids = exported.convert_tokens_to_ids(every)
     settings = copy.deepcopy(model.generation_config)
     settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]
+    settings.eos_token_id = sorted(end_ids(model, tokenizer)) or None
     served, part = with_vectors(model, tokens, ids), f"{folder}.mosaic-part"
     served.generation_config = GenerationConfig()
     shutil.rmtree(part, ignore_errors=True)  # what a killed run may have left

@@ -35,7 +35,7 @@ SAMPLE = Path(__file__).resolve().parent / "data_sample"
 EMBEDDED, REQUESTS = SAMPLE / "tiny_chat", SAMPLE / "requests.jsonl"
 SUMMARIES = SAMPLE / "summaries.json"
 ON_CUDA = "Qwen/Qwen2.5-0.5B-Instruct"
-# What real models want, and the rate for Qwen: see tests/benchmarks/results/real.md.
+# Near what was tried on real models: see tests/benchmarks/results/real.md.
 CUDA_DEFAULTS = {"batch_size": 64, "epochs": 24, "tokens_per_category": 20}
 QWEN_RATE = 2.0
 # Of an answer; whether it declines shows early.
@@ -304,7 +304,6 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
     """ValueError: what would end a training in vain, or give figures that mislead."""
     known = [*tokens.categories, NEUTRAL]
     answer = max(SHOWN_TOKENS, config.answer_tokens)
-    earlier = config.answer_tokens if config.later_turns else 0  # an answer in a chat
     refuse("test" not in {q.split for q in requests},
            f"{flags.data}: no request has split 'test'; name it in some rows or, "
            "without that column, take more of them")
@@ -313,11 +312,13 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
             refuse({q.category, q.near or NEUTRAL} - {*known},
                    f"unknown category {q.near or q.category!r}: no training request; "
                    f"known here are {', '.join(known)}")
-            chat = mosaic.later_turn(mosaic.Reference(**vars(q), text="Yes."), q)
-            prompt = chat.prompt if config.later_turns else q.prompt
-            refuse(not fits(model, tokenizer, tokens, prompt, earlier + answer),
-                   "too long for the model, with tokens and answers; --later_turns 0 "
-                   "needs less")
+            refuse(not fits(model, tokenizer, tokens, q.prompt, answer),
+                   "too long for the model, with tokens and an answer")
+            if q.split == "train" and tokens.trainable and config.later_turns:
+                chat = mosaic.later_turn(mosaic.Reference(**vars(q), text="Yes."), q)
+                both = config.answer_tokens + answer
+                refuse(not fits(model, tokenizer, tokens, chat.prompt, both),
+                       "too long for the model after another; take --later_turns 0")
             if q.split == "test":
                 ruled = instruct(q.prompt, tokens.categories, summaries, tokenizer)
                 refuse(not fits(model, tokenizer, None, ruled, answer), "too long for "
@@ -337,7 +338,7 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
 def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
     """The command line: flags of the demo, and every knob of TrainConfig."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False,
+        description=__doc__.splitlines()[0], allow_abbrev=False, add_help=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = stop  # argparse would print the whole usage
     add = parser.add_argument
@@ -352,7 +353,8 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
     add("--category_column", default="category", help="the column with the categories")
     add("--summaries", default=str(SUMMARIES),
         help="JSON {category: sentence} for the written instruction; else the name")
-    add("--tokens_per_category", type=int, default=5, help="M of each category")
+    add("--tokens_per_category", type=int, default=5,
+        help="M of each category; with --tokens always the table's own")
     add("--output", default="runs/demo", help="folder for table, results and a report")
     add("--tokens", default="", help="a saved table: no training, only evaluation")
     add("--add", nargs="+", default=[],
@@ -371,6 +373,7 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
         parser.set_defaults(**CUDA_DEFAULTS)
         if name == ON_CUDA:
             parser.set_defaults(learning_rate=QWEN_RATE)
+    add("-h", "--help", action="help", help="this text, with the defaults as they are")
     flags = parser.parse_args()
     flags.model = name
     refuse(flags.add and not flags.tokens, "--add grows a saved table: give --tokens")
@@ -402,7 +405,8 @@ def run() -> None:
     except RuntimeError as error:
         if not re.search("out of memory|allocate memory|inline_container", str(error)):
             raise
-        stop(f"{error!s:.80}: take a smaller --batch_size or --model, or free the disk")
+        stop(f"{error!s:.80}: take a smaller --model or shorter requests, in an epoch "
+             "a smaller --batch_size, or free the disk")
     except KeyboardInterrupt:
         stop("stopped; the same command goes on after the last whole epoch")
 

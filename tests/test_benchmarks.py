@@ -251,14 +251,16 @@ def test_a_run_that_reads_policies_once_has_the_curve_of_one_that_does_not(
     monkeypatch.setattr(
         real.Prefixed, "read", lambda *given: turns.append(given[2]) or read(*given))
     plain, once = (
-        run_real(monkeypatch, tmp_path, flags + more)["curve"][-1]
-        for more in ("", " --read_once"))
+        run_real(monkeypatch, tmp_path, flags + more) for more in ("", " --read_once"))
+    plain, once = ({**run, **run["curve"][-1]} for run in (plain, once))
     for name in "refusal", "reference", "kd", "declines_active", "declines_others":
         assert once[name] == pytest.approx(plain[name], rel=1e-3), name
     for split, aucs in plain["auc"].items():
         assert once["auc"][split] == pytest.approx(aucs, abs=0.01), split
-    # Three batches; five policies of either order, on two splits, before and after.
-    assert len(turns) == 3 + 2 * 5 * 2 * 2 and any(map(any, turns))
+    # Three batches; five policies of either order, on two splits, before and after, and
+    # on all of validation.
+    assert len(turns) == 3 + 2 * 5 * (2 * 2 + 1) and any(map(any, turns))
+    assert once["auc"]["validation"] == once["validation_auc"]  # no more were there
     again = f"{flags} --read_once --tokens {tmp_path / 'run.safetensors'}"
     saved = run_real(monkeypatch, tmp_path, again.replace("--no_answers", ""))
     last = once["auc"]["validation"]["1"]

@@ -497,11 +497,11 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ),
     (
         DATA, GOOD + ROW.replace('"a"', '"' + "word " * 9999 + '"'),
-        "too long for the model, with tokens and answers; --later_turns 0",
+        "too long for the model, with tokens and an answer",
     ),
     (  # an answer, after another one of a turn before
         DATA + "--answer_tokens 300", GOOD,
-        "too long for the model, with tokens and answers; --later_turns 0",
+        "too long for the model after another; take --later_turns 0",
     ),
     # The summaries
     ("--summaries none.json", None, "No such file or directory: 'none.json'"),
@@ -573,6 +573,26 @@ def test_a_request_that_the_chat_template_refuses_is_named_with_its_words(
     done = call("--data", tmp_path / "d.jsonl", "--model", tmp_path, "--device", "cpu")
     assert done.code == 2 and "'content': 'a'}" in done.err
     assert done.err.endswith(": no system role\n")
+
+
+def test_only_training_requests_need_room_for_another_turn(backbone, tokenizer):
+    tokens = ControlTokens.for_model(backbone, tokenizer, ["b"], 2)
+    kinds = ("b", "train"), ("neutral", "train"), ("b", "test")
+    short = [mosaic.Request("Odds?", *kind) for kind in kinds]
+    flags = SimpleNamespace(data="d", summaries="s")
+
+    def check(split, later_turns=0.5):
+        long = mosaic.Request("word " * 220, "b", split)
+        config = mosaic.TrainConfig(later_turns=later_turns)
+        train_demo.check_fit(
+            flags, config, backbone, tokenizer, tokens, [*short, long], {})
+
+    check("test")
+    check("train", later_turns=0)
+    with pytest.raises(ValueError, match="too long for the model after another"):
+        check("train")
+    tokens.freeze(["b"])
+    check("train")  # nothing is trained
 
 
 def test_a_template_of_a_single_turn_is_told_before_it_is_trained(tiny, tmp_path):
@@ -650,7 +670,7 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, error):
 def test_too_little_memory_gets_one_line_with_the_flag(monkeypatch, error):
     monkeypatch.setattr(train_demo, "main", lambda: throw(error))
     done = call()
-    assert done.code == 2 and "take a smaller --batch_size or --model" in done.err
+    assert done.code == 2 and "in an epoch a smaller --batch_size, or" in done.err
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(monkeypatch):
@@ -896,6 +916,16 @@ def test_on_cuda_training_is_longer_unless_flags_say_otherwise(
     assert (ours.batch_size, ours.epochs, ours.learning_rate) == (64, 3, 2.0)
     assert (mine.batch_size, mine.epochs, mine.learning_rate) == (64, 24, 0.7)
     assert flags_on_cuda("--device", "cpu")[1] == mosaic.TrainConfig()
+
+
+def test_help_on_cuda_shows_the_defaults_that_count_there(
+    flags_on_cuda, monkeypatch, capsys
+):
+    monkeypatch.setattr(train_demo, "find_on_hub", lambda name: None)
+    with pytest.raises(SystemExit):
+        flags_on_cuda("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--epochs EPOCHS see TrainConfig in mosaic.py (default: 24)" in said
 
 
 @pytest.mark.parametrize("words", [[], ["--model", EMBEDDED]])

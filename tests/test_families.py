@@ -332,16 +332,43 @@ def test_a_template_that_drops_or_repeats_the_users_words_is_refused(template):
         mosaic.prompt_ids(tokenizer, "Odds?", place=True)
 
 
+def test_a_template_that_always_opens_a_thought_is_refused():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    said = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    header = "{% if add_generation_prompt %}assistant <think>\n{% endif %}"
+    tokenizer.chat_template = said + header
+    for place in (False, True):
+        with pytest.raises(ValueError, match="has the model think aloud: take another"):
+            mosaic.prompt_ids(tokenizer, "Odds?", place)
+
+
 @pytest.mark.parametrize("manner", TEMPLATES)
 def test_a_refusal_ends_as_the_template_ends_a_turn(manner):
     tokenizer = tokenizer_like(manner)
-    model = tiny_model("llama", tokenizer)
+    model = tiny_model("llama", tokenizer)  # which names eos alone, as GGUF files do
     eot = tokenizer.convert_tokens_to_ids("<|eot|>")
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, eot]
     ids = mosaic.refusal_ids(model, tokenizer, "I can't.")
     assert tokenizer.decode(ids[:-1]).strip() == "I can't."
     expected = tokenizer.eos_token_id if manner in ("mistral", "none") else eot
     assert ids[-1] == expected
+    assert mosaic.end_ids(model, tokenizer) == {tokenizer.eos_token_id, expected}
+
+
+def test_blanks_between_turns_end_no_answer():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.add_tokens(["\n\n"])  # as Gemma has them
+    tokenizer.chat_template = None
+    ends = mosaic.end_ids(tiny_model("llama", tokenizer), tokenizer)
+    assert ends == {tokenizer.eos_token_id}
+
+
+def test_an_export_ends_its_answers_where_the_template_ends_a_turn(tmp_path):
+    tokenizer = tokenizer_like("gemma")
+    model = tiny_model("llama", tokenizer)  # which names eos alone
+    tokens = ControlTokens.for_model(model, tokenizer, ["alcohol"], 2)
+    mosaic.export_checkpoint(model, tokenizer, tokens, str(tmp_path / "served"))
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "served")
+    assert tokenizer.convert_tokens_to_ids("<|eot|>") in settings.eos_token_id
 
 
 def test_a_refusal_is_the_ids_that_the_template_gives_it_in_a_chat():

@@ -53,7 +53,10 @@ LORA_RATE = 0.003  # Adam's, for adapters: tried once on validation, not tuned
 
 @dataclass(frozen=True)
 class Cell:
-    """One training with its measurements; all defaults: MOSAIC-5, as it is shipped."""
+    """One training with its measurements; all defaults: MOSAIC-5.
+
+    The shipped table has twice the epochs.
+    """
 
     method: str = "mosaic"  # or untouched, instruction, sft, orpo, growth, palette
     tokens: int = 5

@@ -5,6 +5,7 @@
     python tests/benchmarks/real.py --model FOLDER --minutes 10 --batch_size 64
     python tests/benchmarks/real.py --model FOLDER --method lora --minutes 10
     python tests/benchmarks/real.py --model FOLDER --tokens FILE.safetensors --test
+    python tests/benchmarks/real.py --model FOLDER --method lora --steps 0   # the rule
     python tests/benchmarks/real.py --sweep FILE   # a line of flags each, side by side
     python tests/benchmarks/real.py --picture FILE.svg RUN.json ...   # their curves
 
@@ -80,6 +81,7 @@ def flags() -> argparse.Namespace:
     add("--minutes", type=float, help="the clock ends it, in place of --steps")
     add("--tokens_per_category", type=int, default=20)
     add("--tokens", default="", help="a saved table: nothing is trained")
+    add("--go_on", default="", help="a saved table to train further: no new start")
     add("--start", choices=("words", "name", "normal"), default="words")
     add("--start_scale", type=float, default=1, help="times the default length")
     add("--refusal", default=mosaic.REFUSAL, help="the sentence that is trained")
@@ -91,6 +93,8 @@ def flags() -> argparse.Namespace:
     add("--measure_orders", type=int, nargs="+", help="of the curve; as --orders")
     add("--most", type=int, default=0, help="requests of a kind in the curve; 0: all")
     add("--final_orders", type=int, nargs="+", help="of DSR and OR; 1 .. K")
+    add("--summaries", default="",
+        help="JSON {category: sentence} for the rule that answers are asked under")
     add("--sample", type=int, default=0, help="requests of a kind measured at the end")
     add("--policies", type=int, default=5, help="at most, of an order, measured")
     add("--references", default="", help="a file that keeps the backbone's answers")
@@ -274,7 +278,7 @@ class Job:
             stored = torch.load(kept, weights_only=False)  # our own file
             return stored["learn"], stored["held"]
         learn, splits = [], ["validation"] + ["test"] * self.args.test
-        if self.args.tokens:
+        if self.args.tokens or not self.args.steps:  # nothing is trained
             splits = splits[-1:]
         else:
             learn = mosaic.training_references(
@@ -307,18 +311,20 @@ class Job:
         if args.tokens:
             args.steps = 0
             self.tokens = ControlTokens.load(args.tokens, model)
+        elif args.go_on:
+            self.tokens = ControlTokens.load(args.go_on, model)
         else:
             told = requests if args.start == "words" else ()
             self.tokens = ControlTokens.for_model(
                 model, self.tokenizer, self.categories, args.tokens_per_category, told,
                 refusal=args.refusal, seed=args.seed)
-        if args.start == "normal":
-            torch.manual_seed(args.seed)
-            size = mosaic.stream_size(model, self.tokenizer)
+            if args.start == "normal":
+                torch.manual_seed(args.seed)
+                size = mosaic.stream_size(model, self.tokenizer)
+                for vectors in self.tokens.vectors:
+                    vectors.data.normal_(0, size)
             for vectors in self.tokens.vectors:
-                vectors.data.normal_(0, size)
-        for vectors in self.tokens.vectors:
-            vectors.data.mul_(1 if args.tokens else args.start_scale)
+                vectors.data.mul_(args.start_scale)
         self.optimizer = mosaic.make_optimizer(self.tokens, self.config, unit)
         if args.method in ("shared", "mlp"):
             self.behind = Reparametrised(self.tokens, args.method, unit)
@@ -452,7 +458,9 @@ class Job:
         tokens, options = self.tokens, {"batch_size": self.big}
         if self.args.method == "lora":
             tokens, ruled = None, zip(prompts, policies)
-            prompts = [instruct(p, s, {}, self.tokenizer) for p, s in ruled]
+            path = self.args.summaries
+            rules = json.loads(Path(path).read_text("utf-8")) if path else {}
+            prompts = [instruct(p, s, rules, self.tokenizer) for p, s in ruled]
             policies = None
         return mosaic.generate(self.model, self.tokenizer, tokens, prompts, policies,
                                JUDGED_TOKENS, **options)
@@ -481,11 +489,12 @@ class Job:
 
     def evaluate(self) -> None:
         """AUC, DSR, OR and near-miss OR on validation or, with --test, on test."""
+        split = "test" if self.args.test else "validation"
+        brief = self.args.measure_orders if self.args.no_answers else []
+        self.result[f"{split}_auc"] = self.auc(self.held[split], brief or self.orders)
+        print(split, self.result[f"{split}_auc"], flush=True)
         if self.args.no_answers:
             return
-        split = "test" if self.args.test else "validation"
-        self.result[f"{split}_auc"] = self.auc(self.held[split], self.orders)
-        print(split, self.result[f"{split}_auc"], flush=True)
         orders = self.args.final_orders or [*range(1, len(self.categories) + 1)]
         self.result[split] = self.shares(split, orders, self.args.policies)
         write(self.args.output, self.result)
