@@ -93,8 +93,6 @@ def flags() -> argparse.Namespace:
     add("--measure_orders", type=int, nargs="+", help="of the curve; as --orders")
     add("--most", type=int, default=0, help="requests of a kind in the curve; 0: all")
     add("--final_orders", type=int, nargs="+", help="of DSR and OR; 1 .. K")
-    add("--summaries", default="",
-        help="JSON {category: sentence} for the rule that answers are asked under")
     add("--sample", type=int, default=0, help="requests of a kind measured at the end")
     add("--policies", type=int, default=5, help="at most, of an order, measured")
     add("--references", default="", help="a file that keeps the backbone's answers")
@@ -458,9 +456,7 @@ class Job:
         tokens, options = self.tokens, {"batch_size": self.big}
         if self.args.method == "lora":
             tokens, ruled = None, zip(prompts, policies)
-            path = self.args.summaries
-            rules = json.loads(Path(path).read_text("utf-8")) if path else {}
-            prompts = [instruct(p, s, rules, self.tokenizer) for p, s in ruled]
+            prompts = [instruct(p, s, {}, self.tokenizer) for p, s in ruled]
             policies = None
         return mosaic.generate(self.model, self.tokenizer, tokens, prompts, policies,
                                JUDGED_TOKENS, **options)
