@@ -562,19 +562,22 @@ def padded_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 # --- 4. Answers and refusals ----------------------------------------------------------
 
 
-def end_ids(model: Model, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end an answer: the tokenizer's, the checkpoint's, the template's.
+def end_ids(model: Model, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end an answer: the template's first, tokenizer's and checkpoint's.
 
-    A GGUF file names a single one, which is not what ends a turn of Phi-3 or Gemma 2.
+    Not simply eos_token: Gemma's is not the <end_of_turn> that its answers end with,
+    and a GGUF file names no other.
     """
     ends = model.generation_config.eos_token_id  # an id, a list of them or None
     ends = ends if isinstance(ends, list) else [ends]
     turns = [*as_messages("?"), {"role": "assistant", "content": REFUSAL}]
     after = "".join(render(tokenizer, turns).split(REFUSAL)[1:])
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    marks = [i for i in ids if i in tokenizer.added_tokens_decoder]
-    marks = [i for i in marks if tokenizer.decode(i).strip()]  # Gemma has blank ones
-    return {tokenizer.eos_token_id, *ends, *marks[:1]} - {None}
+    marks = {i for i in ids if i in tokenizer.added_tokens_decoder}
+    marks = {i for i in marks if tokenizer.decode(i).strip()}  # Gemma has blank ones
+    first = [i for i in ids if i in {*marks, *ends}][:1]
+    found = dict.fromkeys([*first, tokenizer.eos_token_id, *ends])
+    return [i for i in found if i is not None]
 
 
 @torch.no_grad()
@@ -912,14 +915,11 @@ def training_references(
 def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
     """The refusal sentence, ended as the chat template ends a turn.
 
-    Not simply by eos_token: Gemma's is not the <end_of_turn> that its answers end with.
     ValueError: nothing is known to end an answer.
     """
     turns = [*as_messages("?"), {"role": "assistant", "content": refusal}]
-    before, _, after = render(tokenizer, turns).rpartition(refusal)
-    ends = end_ids(model, tokenizer)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    ending = [i for i in (*ids, tokenizer.eos_token_id, *ends) if i in ends]
+    before = render(tokenizer, turns).rpartition(refusal)[0]
+    ending = end_ids(model, tokenizer)
     if not ending:
         raise ValueError("nothing ends an answer: set tokenizer.eos_token")
     # As the template has it in a chat: behind other text words may begin otherwise.
