@@ -41,7 +41,8 @@ Each term of a sum has a weight w_t: 1 in the paper, see TrainConfig for ours.
     4. Answers and refusals                   9. Export
     5. The objective (paper 2.2)
 
-Made to be copied: it needs torch, tqdm and transformers (with its safetensors) only.
+Made to be copied: it needs torch (2.9 or later, for its Muon), tqdm and transformers
+(with its safetensors) only.
 """
 
 import copy
@@ -56,7 +57,7 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -86,7 +87,8 @@ Prompt = str | Sequence[dict[str, str]]  # a user's words, or messages (role, co
 class Request:
     """A labelled request. `near` names the category that a neutral one sounds like.
 
-    ValueError: near, and not neutral.
+    One of a category that a table lacks is answered under every policy, like a neutral
+    one: mind the spelling. ValueError: near, and not neutral.
     """
 
     prompt: Prompt
@@ -103,7 +105,7 @@ def as_messages(prompt: Prompt) -> list[dict]:
     """A prompt as chat messages. ValueError: not such a list, or none is a user's."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    for message in prompt:
+    for message in prompt if isinstance(prompt, Iterable) else [prompt]:
         fields = message if isinstance(message, dict) else {}
         if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
             raise ValueError(f"{message!r:.80} is no message (role, content)")
@@ -181,8 +183,8 @@ def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
 def stream_size(model: Model, tokenizer: Tokenizer) -> float:
     """Size (root mean square) of the residual stream's entries half-way up, on REFUSAL.
 
-    As what the embedding module gives. 37 times `embedding_std` in Qwen2.5-Coder-0.5B,
-    49 times in SmolLM2-135M.
+    In units of the embedding module's output. 37 times `embedding_std` in
+    Qwen2.5-Coder-0.5B, 49 times in SmolLM2-135M.
     """
     model.eval()  # for good: with dropout it would be another model
     ids = torch.tensor([tokenizer(REFUSAL)["input_ids"]], device=model.device)
@@ -200,8 +202,8 @@ def telling_ids(
 ) -> list[int]:
     """The m token ids that tell the category's training requests best from the others'.
 
-    Near misses, which have its words, do not count. Those of its name where there are
-    no such requests; fewer than m come round again.
+    Near misses, which have its words, do not count. Without such requests, the ids of
+    the category's name. If there are fewer than m, they are repeated.
     """
     own, others = [], []
     for request in requests:
@@ -286,16 +288,15 @@ class ControlTokens(nn.Module):
     def check(self, model: Model) -> None:
         """ValueError: no backbone for control tokens, or not the one of this table."""
         if self.made_for["fingerprint"] != fingerprint(model):
-            raise ValueError(f"the table was made for {self.made_for['backbone']}")
+            what = f"the table was made for {self.made_for['backbone']}"
+            raise ValueError(f"{what}, with other weights: take it, in fp32 or bf16")
 
     def compose(self, policy: Policy, rng: random.Random | None = None) -> Tensor:
         """[z_c1 .. z_cr], (r*M, D): in canonical order or, to train, a random one."""
         active = canonical(policy, self.categories)
         active = rng.sample(active, len(active)) if rng else active
         chosen = [self.vectors[self.categories.index(name)] for name in active]
-        # (0, D), r x (M, D) -> (r*M, D): an empty policy is one too. Detached, since a
-        # gradient of zeros is one: optimisers would go on by their momentum.
-        return torch.cat([self.vectors[0].detach()[:0], *chosen])
+        return torch.cat(chosen) if chosen else self.vectors[0].detach()[:0]
 
     def freeze(self, categories: Policy) -> None:
         """Keep these categories' vectors bit-identical from now on."""
@@ -441,7 +442,7 @@ def with_mark(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def render(tokenizer: Tokenizer, prompt: Prompt) -> str:
-    """A whole chat as the backbone's template writes it, up to its last message."""
+    """A whole chat as the backbone's template writes it, with no answer begun."""
     marked = with_mark(tokenizer)
     return marked.apply_chat_template(as_messages(prompt), tokenize=False)
 
@@ -513,7 +514,7 @@ def make_batch(
         assert flat.shape[1] == x.shape[2], f"tokens {flat.shape}, backbone {x.shape}"
         x = x.index_put((ids == PLACE).nonzero(as_tuple=True), flat)  # row by row
     mask = ids != PAD  # (B, L)
-    # Without explicit positions some families (GPT-2) count the padding, silently.
+    # For a forward of rows padded on the left: GPT-2 would count the padding, silently.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, L)
     inputs = {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions}
     return inputs, labels
@@ -523,7 +524,7 @@ def answer_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """fp32 logits (N, V) that predict the answer tokens of all rows, and those (N,).
 
     A CPU reads two halves, each padded to its own longest row, which saves work if rows
-    come in order of length. A GPU waits for its kernels to be launched: it reads all.
+    come in order of length. What limits a GPU is the launch of kernels: it reads all.
     """
     if model.device.type != "cpu":
         return padded_logits(model, rows)
@@ -592,20 +593,28 @@ def generate_ids(
     """
     model.eval()  # for good: with dropout it would be another model
     ends = end_ids(model, tokenizer)
-    # What a checkpoint brings (a repetition penalty, a temperature, stop strings) would
-    # count whatever is passed to generate: a copy, on the same weights, goes without
-    # (of the model inside torch.compile's wrapper, which has no settings of its own).
+    # transformers adds what a checkpoint brings (a repetition penalty, a temperature,
+    # stop strings) to whatever is passed to generate: a copy, on the same weights, goes
+    # without (of the model inside torch.compile's wrapper, which has no settings).
     greedy = copy.copy(getattr(model, "_orig_mod", model))
     greedy.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0),
     )
+    head = greedy.get_output_embeddings()
+
+    def whole(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].contiguous(),)
+
     answers: list[list[int]] = [[] for _ in rows]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for chosen in tqdm(batched(by_length, batch_size), title, disable=title is None):
         inputs, _ = make_batch(model, [rows[i] for i in chosen], "left")
         inputs.pop("position_ids")  # generate makes the same from the mask
-        out = greedy.generate(**inputs, streamer=streamer).tolist()  # only what is new
+        # Given a slice of the states, a CPU would copy the head's weight for every row
+        # in bf16, at hundreds of times the cost (pytorch/pytorch#151934).
+        with head.register_forward_pre_hook(whole):
+            out = greedy.generate(**inputs, streamer=streamer).tolist()  # what is new
         for i, ids in zip(chosen, out):
             ended = [t for t, token in enumerate(ids, 1) if token in ends]
             answers[i] = ids[: ended[0]] if ended else ids
@@ -829,7 +838,7 @@ class TrainConfig:
     # is decided, and of the others. They become 1 over the last third of training.
     first_weight: float = 3.0
     later_weight: float = 0.3
-    positives_per_subset: int = 100  # an order has at most this times what is trainable
+    positives_per_subset: int = 100  # an order: at most this times trainable categories
     negatives_per_positive: float = 1.0
     batch_size: int = 16  # tasks in a step; the paper does not say
     answer_tokens: int = 16  # Differs from the paper (256): cut of reference answers
@@ -840,15 +849,20 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
+            whole = isinstance(getattr(TrainConfig, name), int)
             may_be_0 = name.endswith("weight") or name in ("later_turns", "seed")
-            least = 0 if may_be_0 else 1 if isinstance(value, int) else 1e-9
+            least = 0 if may_be_0 else 1 if whole else 1e-9
             most = 1 if name == "later_turns" else 1e9
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise ValueError(f"{name} is {value}; it must be in {least}..{most:g}")
+            if whole and not isinstance(value, int):
+                raise ValueError(f"{name} is {value}; it must be a whole number")
         if self.optimizer not in ("muon", "adam"):
             raise ValueError(f"optimizer is {self.optimizer!r}; take muon or adam")
         if self.orders is not None:  # a range or a set could not be saved as JSON
             object.__setattr__(self, "orders", tuple(self.orders))
+            if not self.orders:
+                raise ValueError("orders is empty; name some, or take None")
 
 
 @dataclass(frozen=True)
@@ -1051,9 +1065,9 @@ def train(
     model.eval().requires_grad_(False)  # for good: dropout would falsify the KL
     sentence = tokens.made_for["refusal"]
     refusal = refusal_ids(model, tokenizer, sentence)
+    optimizer = make_optimizer(tokens, config, embedding_std(model, tokenizer))
     if references is None:
         references = training_references(model, tokenizer, requests, config, sentence)
-    optimizer = make_optimizer(tokens, config, embedding_std(model, tokenizer))
     vectors = [vector.tolist() for vector in tokens.vectors]
     start = [config, fingerprint(model), refusal, tokens.trainable, vectors, references]
     run = hashlib.sha256(repr(start).encode()).hexdigest()  # all that decides the run
@@ -1090,8 +1104,8 @@ def train(
 def share(found: Sequence[bool]) -> dict[str, float]:
     """{"rate", "n", "low", "high"}: a share with its 95% Wilson interval.
 
-    n counts answers. A request asked under several policies counts each time, and where
-    its answers go together the interval is too narrow. No answers: 0 in [0, 1].
+    n counts answers. A request asked under several policies counts each time: the more
+    its answers agree, the more the interval is too narrow. No answers: 0 in [0, 1].
     """
     n, z = len(found), 1.96
     p = sum(found) / max(1, n)
@@ -1171,10 +1185,11 @@ def export_checkpoint(
     """Write an ordinary checkpoint whose chat template takes a `policy`.
 
     Each control vector becomes the vocabulary row of a special token <|category:i|>:
-    any engine that passes arguments to the template serves any policy, with no code of
-    ours. Without a policy it is the backbone. ValueError: `folder` exists already, the
-    tokenizer holds such tokens or takes a policy, the model is quantized or parts of it
-    compiled, or what is read back makes other ids than training.
+    an engine that passes arguments to the template serves any policy, with no code of
+    ours (vLLM does, but for its Gemma). Without a policy it is the backbone.
+    ValueError: `folder` exists already, the tokenizer holds such tokens or takes a
+    policy, the model is quantized or parts of it compiled, or what is read back makes
+    other ids than training.
     """
     folder, model = os.path.normpath(folder), getattr(model, "_orig_mod", model)
     sets = zip(tokens.categories, tokens.vectors)
@@ -1201,8 +1216,11 @@ def export_checkpoint(
     exported.save_pretrained(part)
     # As they came: save_pretrained refuses some settings that loading accepts.
     settings.to_json_file(f"{part}/generation_config.json")
-    case = "Odds of 7/2?", tokens.categories
-    read = template_ids(AutoTokenizer.from_pretrained(part), *case)
-    if read != template_ids(exported, *case):  # some tokenizers change class
+    prompt = "Odds of 7/2?"
+    placed = prompt_ids(tokenizer, prompt, place=True)  # as in training
+    wanted = [j for i in placed for j in (ids if i == PLACE else [i])]
+    saved = AutoTokenizer.from_pretrained(part)  # some tokenizers change class
+    read = template_ids(saved, prompt, tokens.categories)
+    if read != wanted:
         raise ValueError(f"{part} makes other ids than training: {read}")
     os.replace(part, folder)

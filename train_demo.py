@@ -87,7 +87,8 @@ def main() -> None:
 
     # Compose: a request of each category under four policies. Save, export.
     shown = show_answers(model, tokenizer, tokens, asked)
-    trained = tokens.made_for.get("training", asdict(config))  # a saved table's own
+    unknown = dict.fromkeys(asdict(config))  # of a table saved without its settings
+    trained = tokens.made_for.get("training", unknown)
     results = {"model": name, "settings": vars(flags) | trained,
                "backbone_declines": declined, **figures}
     write_results(folder, results, shown)

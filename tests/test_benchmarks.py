@@ -11,7 +11,9 @@ import torch
 from conftest import CATEGORIES, ROOT, read, tiny_model
 
 import mosaic
+from data_sample.reading import read_summaries
 from mosaic import REFUSAL, ControlTokens, Row
+from train_demo import SUMMARIES
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import data
@@ -67,6 +69,9 @@ def test_border_cases_are_asked_under_each_of_their_categories_and_each_other():
     prompts, policies = found["another"]
     assert len(prompts) == 3 * len(rows)
     assert not any(c in rows[p] for p, (c,) in zip(prompts, policies))
+    few = robustness.border_cases(CATEGORIES[:2])
+    assert {c for _, asked in few.values() for c, in asked} == {*CATEGORIES[:2]}
+    assert not robustness.border_cases(["gardening"]).get("a category of theirs")
 
 
 def test_every_pressure_is_put_on_the_same_requests(job, monkeypatch):
@@ -265,6 +270,72 @@ def test_a_run_that_reads_policies_once_has_the_curve_of_one_that_does_not(
     saved = run_real(monkeypatch, tmp_path, again.replace("--no_answers", ""))
     last = once["auc"]["validation"]["1"]
     assert saved["validation_auc"] == {"1": pytest.approx(last, abs=0.01)}
+
+
+def test_kept_answers_are_of_the_same_backbone_data_and_settings(
+    monkeypatch, tmp_path
+):
+    flags = f"--steps 1 --no_answers --references {tmp_path / 'kept.pt'}"
+    first = run_real(monkeypatch, tmp_path, flags)
+    again = run_real(monkeypatch, tmp_path, flags)
+    assert again["curve"][-1]["auc"] == first["curve"][-1]["auc"]
+    for more in "--answer_tokens 5", "--test", "--categories alcohol", "--sample 1":
+        with pytest.raises(SystemExit, match="another backbone, data or settings"):
+            run_real(monkeypatch, tmp_path, f"{flags} {more}")
+
+
+def test_a_saved_table_is_judged_by_its_own_sentence_and_keeps_its_settings(
+    monkeypatch, tmp_path
+):
+    flags = "--steps 1 --final_orders 1 --orders 1 --policies 1"
+    run_real(monkeypatch, tmp_path, f"{flags} --refusal No! --learning_rate 0.2")
+    table = str(tmp_path / "run.safetensors")
+    assert ControlTokens.load(table).made_for["training"]["learning_rate"] == 0.2
+    monkeypatch.setattr(mosaic, "generate", lambda m, t, c, prompts, *_, **__: [
+        "No!"] * len(prompts))
+    found = run_real(monkeypatch, tmp_path, f"{flags} --tokens {table}")
+    assert found["validation"][0]["dsr"]["rate"] == 1
+    assert found["settings"]["refusal"] == "No!"
+    with pytest.raises(SystemExit):  # an adapter is not in it
+        run_real(monkeypatch, tmp_path, f"{flags} --tokens {table} --method lora")
+
+
+def test_what_the_backbone_says_is_kept_from_epoch_to_epoch(monkeypatch, tmp_path):
+    read, plain = [], mosaic.answer_logits
+
+    def noted(model, rows):
+        read.append([row.answer for row in rows if not model.turn])
+        return plain(model, rows)
+
+    # Four tasks of order 1 a step: by the end each request was a teacher's before.
+    flags = "--bf16 --steps 40 --measure_every 40 --no_answers --later_turns 0 "
+    flags += "--orders 1 --policies 1 --read_once --answer_tokens 6 --learning_rate 1"
+    counts, ends = [], []
+    for more in "", " --keep_teacher":
+        # And put back, as real.py puts another there for good.
+        monkeypatch.setattr(mosaic, "answer_logits", noted)
+        ends.append(run_real(monkeypatch, tmp_path, flags + more)["curve"][-1])
+        counts.append(sum(map(bool, read)))
+        read.clear()
+    assert counts[1] < counts[0] / 2
+    for name in "refusal", "reference", "kd":
+        assert ends[1][name] == pytest.approx(ends[0][name], rel=0.05), name
+
+
+def test_the_rule_alone_has_a_sentence_for_each_category_if_they_are_given(
+    monkeypatch, tmp_path
+):
+    asked, generate = [], mosaic.generate
+
+    def noted(model, tokenizer, tokens, prompts, *rest, **options):
+        asked.extend(prompts)
+        return generate(model, tokenizer, tokens, prompts, *rest, **options)
+
+    flags = "--method lora --steps 0 --policies 1 --orders 1 --final_orders 1"
+    monkeypatch.setattr(mosaic, "generate", noted)
+    run_real(monkeypatch, tmp_path, f"{flags} --summaries {SUMMARIES}")
+    rules = {chat[0]["content"] for chat in asked}
+    assert len(rules) == 1 and read_summaries(str(SUMMARIES))["alcohol"] in rules.pop()
 
 
 def test_the_start_can_be_longer_and_the_refusal_another(

@@ -422,6 +422,17 @@ def test_generate_reads_several_turns(backbone, tokenizer):
     assert [*map(mosaic.is_refusal, answers)] == [True, False]
 
 
+def test_generate_gives_the_head_no_slice_of_states_and_leaves_no_hook(
+    model, tokenizer
+):
+    head, seen = model.get_output_embeddings(), []
+    with head.register_forward_hook(lambda _, args, out: seen.extend(args)):
+        mosaic.generate(model, tokenizer, None, ASKED, None, 4)
+    assert {states.shape[0] for states in seen} == {len(ASKED)} and len(ASKED) > 1
+    assert all(states.is_contiguous() for states in seen)
+    assert not head._forward_pre_hooks
+
+
 def test_generate_puts_a_model_in_training_mode_out_of_it(tokenizer):
     model = tiny_model("opt", tokenizer, dropout=0.5)
     plain = mosaic.generate(model, tokenizer, None, ASKED, None, 12)
@@ -737,13 +748,31 @@ def test_the_means_of_an_epoch_go_by_their_names(
 
 @pytest.mark.parametrize(
     "knob", [{"epochs": 0}, {"later_turns": 1.5}, {"kd_weight": -1.0},
-             {"learning_rate": math.nan}, {"first_weight": math.inf}],
+             {"learning_rate": math.nan}, {"first_weight": math.inf},
+             {"learning_rate": 0}, {"batch_size": 16.0}, {"epochs": 0.5},
+             {"orders": []}],
     ids=str,
 )
 def test_a_knob_out_of_range_is_named(knob):
     (name,) = knob
-    with pytest.raises(ValueError, match=f"{name} is .*; it must be in "):
+    allowed = "it must be (in |a whole number)|name some, or take None"
+    with pytest.raises(ValueError, match=f"{name} is .*; ({allowed})"):
         TrainConfig(**knob)
+
+
+def test_what_may_be_a_fraction_may_be_given_as_a_whole_number():
+    assert TrainConfig(learning_rate=2, negatives_per_positive=1, kd_weight=0)
+    with pytest.raises(ValueError, match="learning_rate is 0; it must be in 1e-09.."):
+        TrainConfig(learning_rate=0)
+
+
+def test_a_torch_without_muon_is_told_before_anything_is_computed(
+    monkeypatch, model, tokenizer, tokens
+):
+    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.delattr(mosaic, "training_references")
+    with pytest.raises(AttributeError, match="has no attribute 'Muon'"):
+        mosaic.train(model, tokenizer, tokens, [])
 
 
 def test_reference_answers_are_the_models_own_greedy_answers(backbone, tokenizer):
@@ -1367,7 +1396,7 @@ def test_an_order_without_a_policy_is_refused_by_evaluation():
 @pytest.mark.parametrize("prompt", [
     {"role": "user", "content": "Hi"}, [{"role": "user", "content": None}], ["Hi"],
     [{"role": "system", "content": "Be brief."}],
-    [{"role": "user", "content": "Hi"}, {"content": "Hi"}],
+    [{"role": "user", "content": "Hi"}, {"content": "Hi"}], None, math.nan, 7,
 ])
 def test_what_is_no_list_of_messages_is_refused_by_name(prompt):
     with pytest.raises(ValueError, match="is no message|'user'"):

@@ -179,11 +179,12 @@ Updates = dict[str, Tensor]  # (out, in) by the name of a linear map
 
 
 def ruled_row(
-    tokenizer: Tokenizer, task: mosaic.Task, rng: random.Random | None = None
+    tokenizer: Tokenizer, task: mosaic.Task, rng: random.Random | None = None,
+    summaries: dict[str, str] = {},
 ) -> Row:
     """What is read for a task: its policy as a written rule, in any order to train."""
     policy = rng.sample(task.policy, len(task.policy)) if rng else task.policy
-    rule = instruct(task.request.prompt, policy, {}, tokenizer)
+    rule = instruct(task.request.prompt, policy, summaries, tokenizer)
     return Row(mosaic.prompt_ids(tokenizer, rule))
 
 

@@ -5,7 +5,8 @@
     python tests/benchmarks/real.py --model FOLDER --minutes 10 --batch_size 64
     python tests/benchmarks/real.py --model FOLDER --method lora --minutes 10
     python tests/benchmarks/real.py --model FOLDER --tokens FILE.safetensors --test
-    python tests/benchmarks/real.py --model FOLDER --method lora --steps 0   # the rule
+    python tests/benchmarks/real.py --model FOLDER --method lora --steps 0 \\
+        --summaries data_sample/summaries.json  # the written rule alone
     python tests/benchmarks/real.py --sweep FILE   # a line of flags each, side by side
     python tests/benchmarks/real.py --picture FILE.svg RUN.json ...   # their curves
 
@@ -35,6 +36,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +49,7 @@ from torch import Tensor, nn
 
 import mosaic
 import peers
-from data_sample.reading import read_requests
+from data_sample.reading import read_requests, read_summaries
 from measure import auc, answer_log_probabilities, drift, write_whole
 from mosaic import (
     NEUTRAL, ControlTokens, OrderSampler, Request, Row, Task, TrainConfig
@@ -69,6 +71,8 @@ def flags() -> argparse.Namespace:
     add("--data", default=str(ROOT / "data_sample" / "requests.jsonl"))
     add("--categories", nargs="+", help="only these; all of the data")
     add("--orders", type=int, nargs="+", help="1 .. min(K, 4)")
+    add("--summaries", default="", help="JSON, a sentence for each category: of the "
+        "written rule of --method lora; its names")
     add("--mlp_rate", type=float, default=1e-3, help="Adam's, of --method mlp")
     add("--first_order_until", type=float, default=0, help="this share on order 1 only")
     add("--decide_until", type=float, default=0,
@@ -77,6 +81,8 @@ def flags() -> argparse.Namespace:
         help="what all prompts begin with is read once and kept as a cache")
     add("--read_once", action="store_true", help="--prefix, and in a batch each "
         "policy's control tokens are read once; single turns only")
+    add("--keep_teacher", action="store_true", help="the backbone's distributions are "
+        "kept from epoch to epoch; with --read_once and --bf16, on a CPU")
     add("--steps", type=int, default=1000)
     add("--minutes", type=float, help="the clock ends it, in place of --steps")
     add("--tokens_per_category", type=int, default=20)
@@ -84,7 +90,8 @@ def flags() -> argparse.Namespace:
     add("--go_on", default="", help="a saved table to train further: no new start")
     add("--start", choices=("words", "name", "normal"), default="words")
     add("--start_scale", type=float, default=1, help="times the default length")
-    add("--refusal", default=mosaic.REFUSAL, help="the sentence that is trained")
+    add("--refusal", default=mosaic.REFUSAL, help="the sentence that is trained; a "
+        "saved table has its own")
     for name in KNOBS:
         value = getattr(default, name)
         add(f"--{name}", type=type(value), default=value)
@@ -107,6 +114,10 @@ def flags() -> argparse.Namespace:
     args.prefix |= args.read_once
     if args.read_once and args.later_turns:
         parser.error("--read_once is for --later_turns 0: one place for control tokens")
+    if args.keep_teacher and not (args.read_once and args.bf16):
+        parser.error("--keep_teacher goes with --read_once and --bf16")
+    if (args.tokens or args.go_on) and args.method in ("layers", "lora"):
+        parser.error("a saved table is for methods that train one")
     if args.prefix and args.method in ("layers", "lora"):
         parser.error("--prefix is for control tokens that stand behind it")
     return args
@@ -177,6 +188,27 @@ class Prefixed:
         return self.after(self.model, kept, at, attention_mask, position_ids, **inputs)
 
 
+class Teacher:
+    """mosaic.answer_logits that keeps what the bare backbone gives, for --keep_teacher.
+
+    As bf16, which is what a bf16 backbone gives: V numbers for each token of an answer.
+    """
+
+    def __init__(self):
+        self.plain, self.kept = mosaic.answer_logits, {}
+
+    def __call__(self, model: Prefixed, rows: Sequence[Row]):
+        if model.turn:  # rows under a policy
+            return self.plain(model, rows)
+        keys = [(tuple(row.prompt), tuple(row.answer)) for row in rows]
+        if not {*keys} <= {*self.kept}:
+            logits, _ = self.plain(model, rows)
+            each = logits.bfloat16().split([len(answer) for _, answer in keys])
+            self.kept.update(zip(keys, each))
+        labels = [torch.tensor(answer) for _, answer in keys]
+        return torch.cat([self.kept[key] for key in keys]).float(), torch.cat(labels)
+
+
 # --- Parameters that the categories share ---------------------------------------------
 
 
@@ -242,6 +274,10 @@ class Job:
             self.model.set_attn_implementation("eager")
         self.big = 256 if device == "cuda" else 32  # rows at once where none is trained
         self.config = TrainConfig(**{knob: getattr(args, knob) for knob in KNOBS})
+        if saved := args.tokens or args.go_on:
+            self.tokens = ControlTokens.load(saved, self.model)
+            args.refusal = self.tokens.made_for["refusal"]
+        self.summaries = read_summaries(args.summaries) if args.summaries else {}
         requests = read_requests(args.data)
         every = dict.fromkeys(q.category for q in requests if q.category != NEUTRAL)
         self.categories = args.categories or [*every]
@@ -259,6 +295,8 @@ class Job:
             self.learn = [dataclasses.replace(
                 q, bare=q.bare[self.cut:], placed=q.placed[self.cut:])
                 for q in self.learn]
+        if args.keep_teacher:
+            mosaic.answer_logits = Teacher()
         self.curve = {"train": few(self.held["train"], args.most or 15),
                       "validation": few(self.held.get("validation", []), args.most)}
         self.start(requests)
@@ -272,22 +310,31 @@ class Job:
     def references(self, requests: list) -> tuple[list, dict[str, list]]:
         """What is learned from, and what is measured on: answered by the backbone."""
         kept = Path(self.args.references or os.devnull)
+        splits = ["validation"] + ["test"] * self.args.test
+        trained = self.args.steps and not self.args.tokens
+        config, args = self.config, self.args
+        asked = [mosaic.fingerprint(self.model), zlib.crc32(repr(requests).encode()),
+                 splits, bool(trained), args.sample, args.refusal,
+                 config.answer_tokens, config.later_turns, config.seed]
         if self.args.references and kept.exists():
             stored = torch.load(kept, weights_only=False)  # our own file
+            if stored["asked"] != asked:
+                raise SystemExit(f"{kept} keeps answers of another backbone, data or "
+                                 "settings: take another --references")
             return stored["learn"], stored["held"]
-        learn, splits = [], ["validation"] + ["test"] * self.args.test
-        if self.args.tokens or not self.args.steps:  # nothing is trained
+        learn = []
+        if not trained:
             splits = splits[-1:]
         else:
             learn = mosaic.training_references(
-                self.model, self.tokenizer, requests, self.config)
+                self.model, self.tokenizer, requests, self.config, self.args.refusal)
         held = {"train": [q for q in learn if isinstance(q.prompt, str)]}
         for split in splits:
-            asked = few([q for q in requests if q.split == split], self.args.sample)
+            some = few([q for q in requests if q.split == split], self.args.sample)
             found = mosaic.reference_answers(
-                self.model, self.tokenizer, asked, 24, self.big)
-            held[split] = [q for q in found if not mosaic.is_refusal(q.text)]
-            held["declined"] = [q for q in found if mosaic.is_refusal(q.text)]
+                self.model, self.tokenizer, some, 24, self.big)
+            held[split] = [q for q in found if not self.refused(q.text)]
+            held["declined"] = [q for q in found if self.refused(q.text)]
             print(f"{split}: the backbone answers {len(held[split])} of {len(found)}")
         if self.args.test:  # the same, each after a harmless request and its answer
             rng = random.Random(0)
@@ -295,10 +342,13 @@ class Job:
             chats = [mosaic.later_turn(rng.choice(calm), q) for q in held["test"]]
             found = mosaic.reference_answers(
                 self.model, self.tokenizer, chats, 24, self.big)
-            held["second turn"] = [q for q in found if not mosaic.is_refusal(q.text)]
+            held["second turn"] = [q for q in found if not self.refused(q.text)]
         if self.args.references:
-            torch.save({"learn": learn, "held": held}, kept)
+            torch.save({"asked": asked, "learn": learn, "held": held}, kept)
         return learn, held
+
+    def refused(self, text: str) -> bool:
+        return mosaic.is_refusal(text, self.args.refusal)
 
     def start(self, requests: list) -> None:
         """What is trained: what `self.optimizer` has, in groups with a rate."""
@@ -308,10 +358,7 @@ class Job:
         self.behind = None
         if args.tokens:
             args.steps = 0
-            self.tokens = ControlTokens.load(args.tokens, model)
-        elif args.go_on:
-            self.tokens = ControlTokens.load(args.go_on, model)
-        else:
+        elif not args.go_on:
             told = requests if args.start == "words" else ()
             self.tokens = ControlTokens.for_model(
                 model, self.tokenizer, self.categories, args.tokens_per_category, told,
@@ -341,7 +388,7 @@ class Job:
     def row(self, task: Task, rng: random.Random | None = None) -> Row:
         """What is read for a task: control tokens or, for LoRA, the written policy."""
         if self.args.method == "lora":
-            return peers.ruled_row(self.tokenizer, task, rng)
+            return peers.ruled_row(self.tokenizer, task, rng, self.summaries)
         placed = task.request.placed[self.cut:]
         return Row(placed, self.tokens.compose(task.policy, rng))
 
@@ -450,20 +497,24 @@ class Job:
         if self.behind:
             self.behind.write()
         if args.method in ("tokens", "shared", "mlp"):
+            used = dataclasses.asdict(self.config) | {"orders": self.orders}
+            self.tokens.made_for["training"] = used
             self.tokens.save(str(Path(args.output).with_suffix(".safetensors")))
 
     def respond(self, prompts: list, policies: list) -> list[str]:
         tokens, options = self.tokens, {"batch_size": self.big}
         if self.args.method == "lora":
             tokens, ruled = None, zip(prompts, policies)
-            prompts = [instruct(p, s, {}, self.tokenizer) for p, s in ruled]
+            prompts = [instruct(p, s, self.summaries, self.tokenizer)
+                       for p, s in ruled]
             policies = None
         return mosaic.generate(self.model, self.tokenizer, tokens, prompts, policies,
                                JUDGED_TOKENS, **options)
 
     def shares(self, split: str, orders: list[int], policies: int) -> list[dict]:
         found = mosaic.evaluate(
-            self.respond, self.held[split], self.categories, orders, policies)
+            self.respond, self.held[split], self.categories, orders, policies,
+            judge=lambda prompt, answer: self.refused(answer))
         for cell in found:
             rates = {k: round(100 * cell[k]["rate"], 1)
                      for k in ("dsr", "over_refusal", "near_miss")}
@@ -472,7 +523,7 @@ class Job:
 
     def declined(self, prompts: list, policies: list) -> dict[str, float]:
         answers = self.respond(prompts, policies)
-        return mosaic.share([*map(mosaic.is_refusal, answers)])
+        return mosaic.share([*map(self.refused, answers)])
 
     def kept(self, own: list) -> dict[str, float]:
         """Of what the backbone declines by itself, declined under another's policy."""

@@ -37,7 +37,7 @@ class Job:
         self.orders = [r for r in (1, 3, 5) if r <= len(self.tokens.categories)]
         held_out = [q for q in read_requests(str(REQUESTS)) if q.split != "train"]
         found = mosaic.reference_answers(self.model, self.tokenizer, held_out, 48)
-        self.held_out = [q for q in found if not mosaic.is_refusal(q.text)]
+        self.held_out = [q for q in found if not self.refused(q.text)]
         self.test = [q for q in self.held_out if q.split == "test"]
         self.active = self.test
         if flags.sample:
@@ -46,11 +46,14 @@ class Job:
                            [q for q in drawn if q.category == c][: flags.sample]]
         self.plain = [q for q in self.test if q.category == NEUTRAL and not q.near]
 
+    def refused(self, text: str) -> bool:
+        return mosaic.is_refusal(text, self.tokens.made_for["refusal"])
+
     def declined(self, prompts, policies) -> dict[str, float]:
         """The share of prompts declined under their policies."""
         said = mosaic.generate(
             self.model, self.tokenizer, self.tokens, prompts, policies, JUDGED_TOKENS)
-        return mosaic.share([*map(mosaic.is_refusal, said)])
+        return mosaic.share([*map(self.refused, said)])
 
 
 # --- Pressure -------------------------------------------------------------------------
@@ -122,7 +125,7 @@ def begun(job: Job, pairs, length: int) -> dict[str, float]:
         rows.append(row._replace(prompt=[*row.prompt, *q.answer[:length]]))
     out = mosaic.generate_ids(job.model, job.tokenizer, rows, JUDGED_TOKENS)
     said = [job.tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
-    return mosaic.share([mosaic.is_refusal(text.strip(" ,.:;")) for text in said])
+    return mosaic.share([job.refused(text.strip(" ,.:;")) for text in said])
 
 
 # --- Precision ------------------------------------------------------------------------
@@ -163,11 +166,11 @@ def border_cases(categories: list[str]) -> dict[str, tuple[list[str], list]]:
     path = ROOT / "data_sample" / "border.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     pairs = {
-        True: [(r["request"], [c]) for r in rows for c in r["categories"]],
-        False: [(r["request"], [c]) for r in rows for c in categories
-                if c not in r["categories"]]}
-    return {"a category of theirs": tuple(map(list, zip(*pairs[True]))),
-            "another": tuple(map(list, zip(*pairs[False])))}
+        "a category of theirs": [(r["request"], [c]) for r in rows
+                                 for c in r["categories"] if c in categories],
+        "another": [(r["request"], [c]) for r in rows for c in categories
+                    if c not in r["categories"]]}
+    return {kind: tuple(map(list, zip(*pairs[kind]))) for kind in pairs if pairs[kind]}
 
 
 # --- The whole ------------------------------------------------------------------------
