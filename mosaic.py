@@ -602,10 +602,6 @@ def generate_ids(
         eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0),
     )
     head = greedy.get_output_embeddings()
-
-    def whole(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].contiguous(),)
-
     answers: list[list[int]] = [[] for _ in rows]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for chosen in tqdm(batched(by_length, batch_size), title, disable=title is None):
@@ -613,7 +609,7 @@ def generate_ids(
         inputs.pop("position_ids")  # generate makes the same from the mask
         # Given a slice of the states, a CPU would copy the head's weight for every row
         # in bf16, at hundreds of times the cost (pytorch/pytorch#151934).
-        with head.register_forward_pre_hook(whole):
+        with head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),)):
             out = greedy.generate(**inputs, streamer=streamer).tolist()  # what is new
         for i, ids in zip(chosen, out):
             ended = [t for t, token in enumerate(ids, 1) if token in ends]

@@ -300,24 +300,72 @@ def test_a_saved_table_is_judged_by_its_own_sentence_and_keeps_its_settings(
         run_real(monkeypatch, tmp_path, f"{flags} --tokens {table} --method lora")
 
 
-def test_what_the_backbone_says_is_kept_from_epoch_to_epoch(monkeypatch, tmp_path):
+@pytest.fixture
+def after(monkeypatch):
+    """Control tokens after the user's words, for the time of a test."""
+    monkeypatch.setattr(mosaic, "POLICY_TEMPLATE", mosaic.POLICY_TEMPLATE)
+    yield
+    mosaic.kept_with_mark.cache_clear()
+
+
+def test_control_tokens_can_stand_after_the_words_of_each_turn(after, tokenizer):
+    chat = [{"role": "user", "content": "Hi there."},
+            {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "What goes in a Negroni?"}]
+    bare = mosaic.prompt_ids(tokenizer, chat)
+    real.place_after()
+    placed = mosaic.prompt_ids(tokenizer, chat, place=True)
+    assert [i for i in placed if i != mosaic.PLACE] == bare
+    parts = " ".join(map(str, placed)).split(f" {mosaic.PLACE} ")
+    read = [tokenizer.decode([*map(int, part.split())]) for part in parts]
+    assert len(read) == 3 and read[0].endswith("Hi there.")
+    assert read[1].endswith("What goes in a Negroni?")
+
+
+@pytest.mark.parametrize("more", ["", "--prefix --keep_teacher --bf16"])
+def test_a_run_with_control_tokens_after_the_words_answers_with_them_there(
+    after, monkeypatch, tmp_path, more
+):
+    ends, make_batch = {"left": set(), "right": set()}, mosaic.make_batch
+
+    def noted(model, rows, side):
+        prompts = [row.prompt for row in rows if row.control is not None]
+        ends[side] |= {(*ids[ids.index(mosaic.PLACE):],) for ids in prompts}
+        return make_batch(model, rows, side)
+
+    monkeypatch.setattr(mosaic, "make_batch", noted)
+    monkeypatch.setattr(mosaic, "answer_logits", mosaic.answer_logits)
+    found = run_real(
+        monkeypatch, tmp_path, "--place after --steps 2 --measure_every 2 --policies 1 "
+        f"--final_orders 1 --later_turns 0 {more}")
+    # What follows them is what the template writes after any request's words.
+    assert ends["left"] == ends["right"] and len(ends["left"]) == 1
+    assert found["validation"][0]["dsr"]["n"] > 0
+    table = tmp_path / "run.safetensors"
+    with pytest.raises(SystemExit, match="was trained with --place after"):
+        run_real(monkeypatch, tmp_path, f"--tokens {table}")
+    with pytest.raises(SystemExit):  # nothing of a policy comes first
+        run_real(monkeypatch, tmp_path, "--place after --read_once --later_turns 0")
+
+
+def test_the_kept_teacher_reads_each_request_once(monkeypatch, tmp_path):
     read, plain = [], mosaic.answer_logits
 
     def noted(model, rows):
-        read.append([row.answer for row in rows if not model.turn])
+        read.extend(row.prompt for row in rows if not model.turn)
         return plain(model, rows)
 
-    # Four tasks of order 1 a step: by the end each request was a teacher's before.
     flags = "--bf16 --steps 40 --measure_every 40 --no_answers --later_turns 0 "
     flags += "--orders 1 --policies 1 --read_once --answer_tokens 6 --learning_rate 1"
-    counts, ends = [], []
+    prompts, ends = [], []
     for more in "", " --keep_teacher":
         # And put back, as real.py puts another there for good.
         monkeypatch.setattr(mosaic, "answer_logits", noted)
         ends.append(run_real(monkeypatch, tmp_path, flags + more)["curve"][-1])
-        counts.append(sum(map(bool, read)))
+        prompts.append([*read])
         read.clear()
-    assert counts[1] < counts[0] / 2
+    assert len(prompts[0]) > 40 and {*prompts[0]} == {*prompts[1]}
+    assert len(prompts[1]) == len({*prompts[1]})
     for name in "refusal", "reference", "kd":
         assert ends[1][name] == pytest.approx(ends[0][name], rel=0.05), name
 

@@ -180,11 +180,11 @@ Updates = dict[str, Tensor]  # (out, in) by the name of a linear map
 
 def ruled_row(
     tokenizer: Tokenizer, task: mosaic.Task, rng: random.Random | None = None,
-    summaries: dict[str, str] = {},
+    summaries: dict[str, str] | None = None,
 ) -> Row:
     """What is read for a task: its policy as a written rule, in any order to train."""
     policy = rng.sample(task.policy, len(task.policy)) if rng else task.policy
-    rule = instruct(task.request.prompt, policy, summaries, tokenizer)
+    rule = instruct(task.request.prompt, policy, summaries or {}, tokenizer)
     return Row(mosaic.prompt_ids(tokenizer, rule))
 
 

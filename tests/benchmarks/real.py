@@ -10,6 +10,9 @@
     python tests/benchmarks/real.py --sweep FILE   # a line of flags each, side by side
     python tests/benchmarks/real.py --picture FILE.svg RUN.json ...   # their curves
 
+Control tokens stand before the user's words, as in mosaic.py, or with --place after
+behind them, where they can read the request.
+
 Methods: tokens; shared and mlp, the same tokens trained through parameters that all
 categories have in common and folded back (see Reparametrised); layers, vectors at every
 layer; lora, one adapter steered by the written policy.
@@ -82,7 +85,9 @@ def flags() -> argparse.Namespace:
     add("--read_once", action="store_true", help="--prefix, and in a batch each "
         "policy's control tokens are read once; single turns only")
     add("--keep_teacher", action="store_true", help="the backbone's distributions are "
-        "kept from epoch to epoch; with --read_once and --bf16, on a CPU")
+        "kept from epoch to epoch; with --bf16, on a CPU")
+    add("--place", choices=("before", "after"), default="before",
+        help="where control tokens stand: before or after the user's words")
     add("--steps", type=int, default=1000)
     add("--minutes", type=float, help="the clock ends it, in place of --steps")
     add("--tokens_per_category", type=int, default=20)
@@ -114,8 +119,10 @@ def flags() -> argparse.Namespace:
     args.prefix |= args.read_once
     if args.read_once and args.later_turns:
         parser.error("--read_once is for --later_turns 0: one place for control tokens")
-    if args.keep_teacher and not (args.read_once and args.bf16):
-        parser.error("--keep_teacher goes with --read_once and --bf16")
+    if args.keep_teacher and not args.bf16:
+        parser.error("--keep_teacher goes with --bf16")
+    if args.place == "after" and args.read_once:
+        parser.error("--read_once is for --place before: it reads what comes first")
     if (args.tokens or args.go_on) and args.method in ("layers", "lora"):
         parser.error("a saved table is for methods that train one")
     if args.prefix and args.method in ("layers", "lora"):
@@ -198,13 +205,14 @@ class Teacher:
         self.plain, self.kept = mosaic.answer_logits, {}
 
     def __call__(self, model: Prefixed, rows: Sequence[Row]):
-        if model.turn:  # rows under a policy
+        if rows[0].control is not None or getattr(model, "turn", None):  # a policy
             return self.plain(model, rows)
         keys = [(tuple(row.prompt), tuple(row.answer)) for row in rows]
-        if not {*keys} <= {*self.kept}:
-            logits, _ = self.plain(model, rows)
-            each = logits.bfloat16().split([len(answer) for _, answer in keys])
-            self.kept.update(zip(keys, each))
+        new = {key: row for key, row in zip(keys, rows) if key not in self.kept}
+        if new:
+            logits, _ = self.plain(model, [*new.values()])
+            each = logits.bfloat16().split([len(answer) for _, answer in new])
+            self.kept.update(zip(new, each))
         labels = [torch.tensor(answer) for _, answer in keys]
         return torch.cat([self.kept[key] for key in keys]).float(), torch.cat(labels)
 
@@ -277,6 +285,9 @@ class Job:
         if saved := args.tokens or args.go_on:
             self.tokens = ControlTokens.load(saved, self.model)
             args.refusal = self.tokens.made_for["refusal"]
+            place = self.tokens.made_for.get("place", "before")
+            if place != args.place:
+                raise SystemExit(f"{saved} was trained with --place {place}")
         self.summaries = read_summaries(args.summaries) if args.summaries else {}
         requests = read_requests(args.data)
         every = dict.fromkeys(q.category for q in requests if q.category != NEUTRAL)
@@ -314,7 +325,7 @@ class Job:
         trained = self.args.steps and not self.args.tokens
         config, args = self.config, self.args
         asked = [mosaic.fingerprint(self.model), zlib.crc32(repr(requests).encode()),
-                 splits, bool(trained), args.sample, args.refusal,
+                 splits, bool(trained), args.sample, args.place, args.refusal,
                  config.answer_tokens, config.later_turns, config.seed]
         if self.args.references and kept.exists():
             stored = torch.load(kept, weights_only=False)  # our own file
@@ -498,7 +509,7 @@ class Job:
             self.behind.write()
         if args.method in ("tokens", "shared", "mlp"):
             used = dataclasses.asdict(self.config) | {"orders": self.orders}
-            self.tokens.made_for["training"] = used
+            self.tokens.made_for |= {"training": used, "place": args.place}
             self.tokens.save(str(Path(args.output).with_suffix(".safetensors")))
 
     def respond(self, prompts: list, policies: list) -> list[str]:
@@ -606,8 +617,19 @@ def picture(path: str, *runs: str) -> None:
     figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
 
 
+def place_after() -> None:
+    """From now on control tokens stand right after the user's words, in each turn."""
+    before = "mosaic.control ~ mosaic.words.lstrip()"
+    assert before in mosaic.POLICY_TEMPLATE
+    mosaic.POLICY_TEMPLATE = mosaic.POLICY_TEMPLATE.replace(
+        before, "mosaic.words.rstrip() ~ mosaic.control")
+    mosaic.kept_with_mark.cache_clear()
+
+
 def main() -> None:
     args = flags()
+    if args.place == "after":
+        place_after()
     if args.picture:
         return picture(*args.picture)
     os.makedirs(Path(args.output).parent, exist_ok=True)
