@@ -65,6 +65,21 @@ KNOBS = ("optimizer", "learning_rate", "kd_weight", "first_weight", "later_weigh
 METHODS = ("tokens", "shared", "mlp", "layers", "lora")
 
 
+def misfit(args: argparse.Namespace) -> str:
+    """Why these flags do not go together, if so."""
+    if args.read_once and args.later_turns:
+        return "--read_once is for --later_turns 0: one place for control tokens"
+    if args.keep_teacher and not args.bf16:
+        return "--keep_teacher goes with --bf16"
+    if args.place == "after" and args.read_once:
+        return "--read_once is for --place before: it reads what comes first"
+    if (args.tokens or args.go_on) and args.method in ("layers", "lora"):
+        return "a saved table is for methods that train one"
+    if args.prefix and args.method in ("layers", "lora"):
+        return "--prefix is for control tokens that stand behind it"
+    return ""
+
+
 def flags() -> argparse.Namespace:
     default = TrainConfig()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -117,16 +132,8 @@ def flags() -> argparse.Namespace:
     add("--output", default="runs/real/run.json")
     args = parser.parse_args()
     args.prefix |= args.read_once
-    if args.read_once and args.later_turns:
-        parser.error("--read_once is for --later_turns 0: one place for control tokens")
-    if args.keep_teacher and not args.bf16:
-        parser.error("--keep_teacher goes with --bf16")
-    if args.place == "after" and args.read_once:
-        parser.error("--read_once is for --place before: it reads what comes first")
-    if (args.tokens or args.go_on) and args.method in ("layers", "lora"):
-        parser.error("a saved table is for methods that train one")
-    if args.prefix and args.method in ("layers", "lora"):
-        parser.error("--prefix is for control tokens that stand behind it")
+    if wrong := misfit(args):
+        parser.error(wrong)
     return args
 
 
