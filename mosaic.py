@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """MOSAIC: composable safety alignment with modular control tokens, in one file.
 
-A few learned vectors per safety category, put in front of a user's words in the prompt
-of a frozen causal language model, are trained to make it decline exactly the categories
+A few learned vectors per safety category, put at the user's words in the prompt of a
+frozen causal language model, are trained to make it decline exactly the categories
 that a policy names, and to leave every other answer as it was.
 
 Paper: Peng et al., "MOSAIC: Composable Safety Alignment with Modular Control Tokens",
@@ -17,9 +17,10 @@ paper:`.
     request           x, a user's words or a whole chat
     reference answer  what the backbone says without control tokens, decoded greedily
 
-A row, as the backbone reads it; a policy is composed by putting its token sets there:
+A row, as the backbone reads it; a policy is composed by putting its token sets there
+or, as in the paper, before the words:
 
-    [template] [z_c1 .. z_cr] [the user's words] [template] [answer]
+    [template] [the user's words] [z_c1 .. z_cr] [template] [answer]
 
 The objective (paper 2.2), a sum over the tokens t of the answer y, per task (x, S):
 
@@ -134,7 +135,7 @@ def canonical(policy: Policy, categories: Sequence[str]) -> tuple[str, ...]:
 
 # --- 2. Control tokens ----------------------------------------------------------------
 
-FORMAT = 3  # of a saved table; before, the tokens stood elsewhere in the prompt
+FORMAT = 3  # of a saved table; with the ones before, tokens stood elsewhere
 
 
 def check_backbone(model: Model) -> None:
@@ -226,7 +227,8 @@ class ControlTokens(nn.Module):
     """The token table: per category M vectors in the backbone's embedding space.
 
     `categories` is the canonical order; `made_for` says for which backbone, with which
-    refusal. Vectors are fp32 whatever the backbone's dtype: bf16 would round steps off.
+    refusal and place. Vectors are fp32 whatever the backbone's dtype: bf16 would round
+    steps off.
     """
 
     def __init__(self, vectors: dict[str, Tensor], made_for: dict):
@@ -239,15 +241,19 @@ class ControlTokens(nn.Module):
     def for_model(
         cls, model: Model, tokenizer: Tokenizer, categories: Sequence[str],
         tokens_per_category: int = 5, requests: Sequence[Request] = (),
-        refusal: str = REFUSAL, seed: int = 0,
+        refusal: str = REFUSAL, place: str = "after", seed: int = 0,
     ) -> "ControlTokens":
-        """A fresh table for a backbone. ValueError: bad names, M or backbone.
+        """A fresh table for a backbone. ValueError: bad names, M, place or backbone.
 
-        M is 5 as in the paper; 20 is what has been tried on larger backbones.
+        M is 5 as in the paper; 10 and 20 are what has been tried on real backbones.
+        `place`: where the tokens stand, "before" (the paper's) or "after" the user's
+        words; see PLACES.
         """
+        if place not in PLACES:
+            raise ValueError(f"place is {place!r}; take {' or '.join(PLACES)}")
         name = model.config._name_or_path
         made_for = {"backbone": name, "fingerprint": fingerprint(model)}
-        table = cls({}, {**made_for, "refusal": refusal})
+        table = cls({}, {**made_for, "refusal": refusal, "place": place})
         table.add(model, tokenizer, categories, tokens_per_category, requests, seed)
         return table
 
@@ -327,6 +333,7 @@ class ControlTokens(nn.Module):
                 vectors = {c: file.get_tensor(c) for c in made_for.pop("categories")}
             if (kind := made_for.pop("format")) != FORMAT:
                 raise ValueError(f"format {kind}, now {FORMAT}: train it anew")
+            made_for.setdefault("place", "before")  # there was no other once
         except Exception as error:  # anything at all can be wrong with a file
             raise ValueError(f"{path} is no table to use here: {error}") from error
         tokens = cls(vectors, made_for)
@@ -355,10 +362,18 @@ class Row(NamedTuple):
     answer: Sequence[int] = ()
 
 
-# The one place that knows where control tokens stand. It is put in front of the
-# backbone's own chat template, which then reads the messages that are made here.
-# Training puts a single MARK there, an exported checkpoint its control tokens. (What a
-# loop of Jinja sets is forgotten after it, but for what a namespace holds.)
+# Where control tokens stand in each of the user's turns. "before" the words, as in the
+# paper, they can only be read; "after" them they read the words, too, and real
+# backbones learn several times faster. Right at the words: some templates trim them.
+PLACES = {
+    "before": "mosaic.control ~ mosaic.words.lstrip()",
+    "after": "mosaic.words.rstrip() ~ mosaic.control",
+}
+
+# Put in front of the backbone's own chat template, which then reads the messages that
+# are made here. Training puts a single MARK at the place, an exported checkpoint its
+# control tokens. (What a loop of Jinja sets is forgotten after it, but for what a
+# namespace holds.)
 POLICY_TEMPLATE = """\
 {#- MOSAIC: `policy` is the list of active categories; without: the backbone's own. -#}
 {%- set control_tokens = CONTROL_TOKENS -%}
@@ -391,9 +406,8 @@ POLICY_TEMPLATE = """\
             {%- set typed = "<|" ~ name ~ ":" -%}
             {%- set mosaic.words = mosaic.words | replace(typed, "< |" ~ name ~ ":") -%}
         {%- endfor -%}
-        {#- Right before the user's words: some templates trim what is in front. -#}
         {%- if controlled -%}
-            {%- set mosaic.words = mosaic.control ~ mosaic.words.lstrip() -%}
+            {%- set mosaic.words = PLACED -%}
         {%- endif -%}
         {%- set message = dict(message, content=CONTENT) -%}
     {%- endif -%}
@@ -403,11 +417,13 @@ POLICY_TEMPLATE = """\
 """
 
 
-def with_policies(tokenizer: Tokenizer, names: dict[str, Sequence[str]]) -> Tokenizer:
+def with_policies(
+    tokenizer: Tokenizer, names: dict[str, Sequence[str]], place: str
+) -> Tokenizer:
     """A copy of the tokenizer whose chat template takes a `policy`.
 
     `names`: for each category what its control tokens are called, <|category:...|>.
-    ValueError: it takes one already.
+    `place`: one of PLACES. ValueError: it takes a policy already.
     """
     made = copy.deepcopy(tokenizer)
     made.chat_template = own = made.chat_template or PLAIN_TEMPLATE
@@ -418,7 +434,7 @@ def with_policies(tokenizer: Tokenizer, names: dict[str, Sequence[str]]) -> Toke
     parts = '[{"type": "text", "text": mosaic.words}]'
     content = "mosaic.words" if MARK in shown else parts
     joined = {category: "".join(tokens) for category, tokens in names.items()}
-    head = POLICY_TEMPLATE.replace("CONTENT", content)
+    head = POLICY_TEMPLATE.replace("CONTENT", content).replace("PLACED", PLACES[place])
     head = head.replace("CONTROL_TOKENS", json.dumps(joined, ensure_ascii=False))
     named = own if isinstance(own, dict) else {"default": own}  # also: tool_use, rag
     made.chat_template = {name: head + template for name, template in named.items()}
@@ -427,23 +443,23 @@ def with_policies(tokenizer: Tokenizer, names: dict[str, Sequence[str]]) -> Toke
 
 
 @functools.lru_cache(maxsize=4)
-def kept_with_mark(tokenizer: Tokenizer, state: str) -> Tokenizer:
+def kept_with_mark(tokenizer: Tokenizer, place: str, state: str) -> Tokenizer:
     """The copy that `with_mark` gives, kept for this tokenizer in this state."""
-    return with_policies(tokenizer, {"mosaic": [MARK]})
+    return with_policies(tokenizer, {"mosaic": [MARK]}, place)
 
 
-def with_mark(tokenizer: Tokenizer) -> Tokenizer:
+def with_mark(tokenizer: Tokenizer, place: str | None) -> Tokenizer:
     """`with_policies` for training: one MARK where control tokens will stand.
 
     Made once, and anew when the tokenizer's template or tokens have changed.
     """
     state = tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map
-    return kept_with_mark(tokenizer, repr(state))
+    return kept_with_mark(tokenizer, place or "after", repr(state))
 
 
 def render(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """A whole chat as the backbone's template writes it, with no answer begun."""
-    marked = with_mark(tokenizer)
+    marked = with_mark(tokenizer, None)
     return marked.apply_chat_template(as_messages(prompt), tokenize=False)
 
 
@@ -458,15 +474,18 @@ def template_ids(tokenizer: Tokenizer, prompt: Prompt, policy: Policy) -> list[i
     )["input_ids"]
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, place: bool = False) -> list[int]:
-    """A prompt's ids; with `place` there is a PLACE right before each user's words.
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: Prompt, place: str | None = None
+) -> list[int]:
+    """A prompt's ids; with one of PLACES there is a PLACE at each of the user's words.
 
     Differs from the paper, which writes [z_S, x] and does not speak of chat templates:
-    x is what the user says, so the tokens stand inside the turn, and in a chat in each.
+    x is what the user says, so the tokens stand inside the turn, and in a chat in each;
+    "before" it as there, or "after" it.
     An exported checkpoint has the same ids, since it has the same template. ValueError:
     the backbone's template drops the user's words, repeats them, or opens a thought.
     """
-    marked = with_mark(tokenizer)
+    marked = with_mark(tokenizer, place)
     ids = template_ids(marked, prompt, ["mosaic"] if place else [])
     if marked.decode(ids[-16:]).rstrip().endswith("<think>"):
         raise ValueError("the chat template has the model think aloud: take another")
@@ -481,8 +500,10 @@ def control_row(
     answer: Sequence[int] = (),
 ) -> Row:
     """A prompt under a policy; without one the bare backbone's."""
-    ids = prompt_ids(tokenizer, prompt, place=bool(policy))
-    return Row(ids, tokens.compose(policy) if policy else None, answer)
+    if not policy:
+        return Row(prompt_ids(tokenizer, prompt), None, answer)
+    ids = prompt_ids(tokenizer, prompt, tokens.made_for["place"])
+    return Row(ids, tokens.compose(policy), answer)
 
 
 def batched(items: Sequence, size: int) -> list[Sequence]:
@@ -866,14 +887,14 @@ class Reference(Request):
     """A request with its prompt's ids and the untouched backbone's own answer."""
 
     bare: tuple[int, ...] = ()  # without control tokens: what the teacher reads
-    placed: tuple[int, ...] = ()  # the same with PLACE in it
+    placed: tuple[int, ...] = ()  # the same with PLACE in it, at one of PLACES
     answer: tuple[int, ...] = ()
     text: str = ""
 
 
 def reference_answers(
     model: Model, tokenizer: Tokenizer, requests: Sequence[Request],
-    max_new_tokens: int = 16, batch_size: int = 64,
+    max_new_tokens: int = 16, batch_size: int = 64, place: str = "after",
 ) -> list[Reference]:
     """What the untouched backbone says to each request, decoded greedily."""
     rows = [Row(prompt_ids(tokenizer, request.prompt)) for request in requests]
@@ -881,7 +902,7 @@ def reference_answers(
     return [
         Reference(
             q.prompt, q.category, q.split, q.near, bare=tuple(row.prompt),
-            placed=tuple(prompt_ids(tokenizer, q.prompt, place=True)),
+            placed=tuple(prompt_ids(tokenizer, q.prompt, place)),
             answer=tuple(ids),
             text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
         )
@@ -900,16 +921,19 @@ def later_turn(before: Reference, request: Request) -> Request:
 
 def training_references(
     model: Model, tokenizer: Tokenizer, requests: Sequence[Request],
-    config: TrainConfig, refusal: str = REFUSAL,
+    config: TrainConfig, refusal: str = REFUSAL, place: str = "after",
 ) -> list[Reference]:
     """What `train` learns from: the training requests, alone and in later turns.
+
+    For tables with this refusal and place.
 
     Differs from the paper, whose requests were chosen so that backbones answer them:
     those that this one declines by itself are left out, and their number is printed.
     """
 
     def answered(some: Sequence[Request]) -> list[Reference]:
-        references = reference_answers(model, tokenizer, some, config.answer_tokens)
+        references = reference_answers(
+            model, tokenizer, some, config.answer_tokens, place=place)
         return [r for r in references if not is_refusal(r.text, refusal)]
 
     learn = [request for request in requests if request.split == "train"]
@@ -1042,16 +1066,15 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the table in place on the "train" split; returns the means of each epoch.
 
-    They are the three losses, and of active and of other requests the share whose
-    first token would be the refusal's: if both rise together, all is declined.
-    The backbone stays in eval mode and without gradients. Same seed, CPU and prompts
-    (some templates write the date): the same tokens, bit for bit. Frozen categories
-    take part in policies and stay as they are. `references`: what
-    `training_references` gave before, in place of `requests`. `checkpoint`: a file
-    written after each epoch, from which the same call goes on, given the table as it
-    was at first. ValueError: an order outside 1..K, nothing to train, a category
-    without requests, a checkpoint of another run, vectors that are not finite (the
-    checkpoint has the epoch before).
+    They are the three losses, and of active and of other requests the share whose first
+    token would be the refusal's: if both rise together, all is declined. The backbone
+    stays in eval mode and without gradients. Same seed, CPU and prompts (some templates
+    write the date): the same tokens, bit for bit. Frozen categories take part in
+    policies and stay as they are. `references`: earlier `training_references`, in place
+    of `requests`. `checkpoint`: a file written after each epoch, from which the same
+    call goes on, given the table as it was. ValueError: an order outside 1..K, nothing
+    to train, a category without requests, references for another place, a checkpoint of
+    another run, vectors that are not finite (the checkpoint has the epoch before).
     """
     k = len(tokens.categories)
     if not {*(config.orders or ())} <= {*range(1, k + 1)} or not tokens.trainable:
@@ -1059,11 +1082,15 @@ def train(
         raise ValueError(f"{what}: take a category not frozen, and orders in 1..{k}")
     tokens.check(model)
     model.eval().requires_grad_(False)  # for good: dropout would falsify the KL
-    sentence = tokens.made_for["refusal"]
+    sentence, place = tokens.made_for["refusal"], tokens.made_for["place"]
     refusal = refusal_ids(model, tokenizer, sentence)
     optimizer = make_optimizer(tokens, config, embedding_std(model, tokenizer))
     if references is None:
-        references = training_references(model, tokenizer, requests, config, sentence)
+        references = training_references(
+            model, tokenizer, requests, config, sentence, place)
+    for one in references[:1]:
+        if [*one.placed] != prompt_ids(tokenizer, one.prompt, place):
+            raise ValueError(f"references of another place than {place!r}, or prompt")
     vectors = [vector.tolist() for vector in tokens.vectors]
     start = [config, fingerprint(model), refusal, tokens.trainable, vectors, references]
     run = hashlib.sha256(repr(start).encode()).hexdigest()  # all that decides the run
@@ -1200,7 +1227,7 @@ def export_checkpoint(
     if getattr(model, "hf_quantizer", None) and not plain:  # a GGUF file's are plain
         raise ValueError("the model is quantized: export the one it was made of")
     tokens.check(model)
-    exported = with_policies(tokenizer, names)
+    exported = with_policies(tokenizer, names, tokens.made_for["place"])
     ids = exported.convert_tokens_to_ids(every)
     settings = copy.deepcopy(model.generation_config)
     settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]
@@ -1213,7 +1240,7 @@ def export_checkpoint(
     # As they came: save_pretrained refuses some settings that loading accepts.
     settings.to_json_file(f"{part}/generation_config.json")
     prompt = "Odds of 7/2?"
-    placed = prompt_ids(tokenizer, prompt, place=True)  # as in training
+    placed = prompt_ids(tokenizer, prompt, tokens.made_for["place"])  # as in training
     wanted = [j for i in placed for j in (ids if i == PLACE else [i])]
     saved = AutoTokenizer.from_pretrained(part)  # some tokenizers change class
     read = template_ids(saved, prompt, tokens.categories)

@@ -69,7 +69,7 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
                 ignore_mismatched_sizes=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = model.to(device)  # may not fit
-        prompt_ids(tokenizer, "Hi", place=True)  # does its template work?
+        prompt_ids(tokenizer, "Hi", "after")  # does its template work?
         model.config._name_or_path = name  # of an adapter or GGUF file, not its base
         causal = is_causal(model)  # does it run?
     except Exception as error:  # anything at all can be wrong with a checkpoint

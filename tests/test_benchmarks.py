@@ -134,7 +134,7 @@ def test_xstest_is_asked_under_no_policy_each_and_all_without_unsafe_contrasts(
 
 
 def refusal_row(tokenizer, tokens):
-    prompt = mosaic.prompt_ids(tokenizer, "What goes in a Negroni?", True)
+    prompt = mosaic.prompt_ids(tokenizer, "What goes in a Negroni?", "before")
     return Row(prompt, tokens.compose(["alcohol"]), [5, 6])
 
 
@@ -212,7 +212,7 @@ def test_policies_read_once_for_all_rows_change_neither_loss_nor_gradient(tokeni
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
     words, turn = ["a", "Hello?", "b c", "one two", "d, e, f"], [0, 1, 1, 0, 1]
     controls = [tokens.compose(CATEGORIES[:2]), tokens.compose(CATEGORIES[1:3])]
-    placed = [mosaic.prompt_ids(tokenizer, prompt, place=True) for prompt in words]
+    placed = [mosaic.prompt_ids(tokenizer, prompt, "before") for prompt in words]
     bare = mosaic.prompt_ids(tokenizer, "Hello?")
     cut = placed[0].index(mosaic.PLACE)
 
@@ -225,10 +225,35 @@ def test_policies_read_once_for_all_rows_change_neither_loss_nor_gradient(tokeni
     rows = [Row(ids, controls[i], [7, 8]) for ids, i in zip(placed, turn)]
     plain = found(model, rows, bare)
     reader = real.Prefixed(model, bare[:cut])
-    reader.read(controls, turn)
+    reader.read_policies(controls, turn)
     rows = [Row(ids[cut + 1:], None, [7, 8]) for ids in placed]
     for ours, wanted in zip(found(reader, rows, bare[cut:]), plain, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_words_read_once_change_neither_loss_nor_gradient(tokenizer):
+    model = tiny_model("llama", tokenizer).eval().requires_grad_(False)
+    tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
+    words = ["a", "one two three", "Hello?", "a"]
+    controls = [tokens.compose(CATEGORIES[:n]) for n in (2, 1, 3, 2)]
+    placed = [mosaic.prompt_ids(tokenizer, prompt, "after") for prompt in words]
+    bare = mosaic.prompt_ids(tokenizer, "Hello?")
+    at = [ids.index(mosaic.PLACE) for ids in placed]
+
+    def found(reader, starts, cut=0):
+        rows = [Row(ids[i:], control, [7, 8])
+                for ids, i, control in zip(placed, starts, controls)]
+        logits, _ = mosaic.answer_logits(reader, rows)
+        base, _ = mosaic.answer_logits(reader, [Row(bare[cut:], None, [7])])
+        loss = logits.square().sum()
+        return logits, base, *torch.autograd.grad(loss, [*tokens.vectors[:3]])
+
+    reader = real.Prefixed(model, bare[:2])
+    for _ in range(2):  # read, and then kept
+        reader.read_words([tuple(ids[2:i]) for ids, i in zip(placed, at)])
+        for ours, plain in zip(found(reader, at, 2), found(model, [0] * 4)):
+            torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+    assert len(reader.words) == 3
 
 
 def test_at_first_only_the_first_three_tokens_of_answers_are_learned(
@@ -246,15 +271,17 @@ def test_at_first_only_the_first_three_tokens_of_answers_are_learned(
     assert lengths[:2] == [3, 3] and min(lengths[2:]) > 3
 
 
-def test_a_run_that_reads_policies_once_has_the_curve_of_one_that_does_not(
-    monkeypatch, tmp_path
+@pytest.mark.parametrize("place, what", [
+    ("before", "read_policies"), ("after", "read_words")])
+def test_a_run_that_reads_what_comes_first_once_has_the_curve_of_one_that_does_not(
+    monkeypatch, tmp_path, place, what
 ):
     # Of order 1: in one of more, each row has its token sets in an order of its own.
     flags = "--steps 3 --measure_every 3 --no_answers --later_turns 0 --orders 1 "
-    flags += "--measure_orders 1 2"
-    turns, read = [], real.Prefixed.read
+    flags += f"--measure_orders 1 2 --place {place}"
+    turns, read = [], getattr(real.Prefixed, what)
     monkeypatch.setattr(
-        real.Prefixed, "read", lambda *given: turns.append(given[2]) or read(*given))
+        real.Prefixed, what, lambda *given: turns.append(given[-1]) or read(*given))
     plain, once = (
         run_real(monkeypatch, tmp_path, flags + more) for more in ("", " --read_once"))
     plain, once = ({**run, **run["curve"][-1]} for run in (plain, once))
@@ -296,35 +323,14 @@ def test_a_saved_table_is_judged_by_its_own_sentence_and_keeps_its_settings(
     found = run_real(monkeypatch, tmp_path, f"{flags} --tokens {table}")
     assert found["validation"][0]["dsr"]["rate"] == 1
     assert found["settings"]["refusal"] == "No!"
-    with pytest.raises(SystemExit):  # an adapter is not in it
-        run_real(monkeypatch, tmp_path, f"{flags} --tokens {table} --method lora")
-
-
-@pytest.fixture
-def after(monkeypatch):
-    """Control tokens after the user's words, for the time of a test."""
-    monkeypatch.setattr(mosaic, "POLICY_TEMPLATE", mosaic.POLICY_TEMPLATE)
-    yield
-    mosaic.kept_with_mark.cache_clear()
-
-
-def test_control_tokens_can_stand_after_the_words_of_each_turn(after, tokenizer):
-    chat = [{"role": "user", "content": "Hi there."},
-            {"role": "assistant", "content": "Hello."},
-            {"role": "user", "content": "What goes in a Negroni?"}]
-    bare = mosaic.prompt_ids(tokenizer, chat)
-    real.place_after()
-    placed = mosaic.prompt_ids(tokenizer, chat, place=True)
-    assert [i for i in placed if i != mosaic.PLACE] == bare
-    parts = " ".join(map(str, placed)).split(f" {mosaic.PLACE} ")
-    read = [tokenizer.decode([*map(int, part.split())]) for part in parts]
-    assert len(read) == 3 and read[0].endswith("Hi there.")
-    assert read[1].endswith("What goes in a Negroni?")
+    for more in "--method lora", "--place after":  # that is not in it
+        with pytest.raises(SystemExit):
+            run_real(monkeypatch, tmp_path, f"{flags} --tokens {table} {more}")
 
 
 @pytest.mark.parametrize("more", ["", "--prefix --keep_teacher --bf16"])
 def test_a_run_with_control_tokens_after_the_words_answers_with_them_there(
-    after, monkeypatch, tmp_path, more
+    monkeypatch, tmp_path, more
 ):
     ends, make_batch = {"left": set(), "right": set()}, mosaic.make_batch
 
@@ -341,11 +347,10 @@ def test_a_run_with_control_tokens_after_the_words_answers_with_them_there(
     # What follows them is what the template writes after any request's words.
     assert ends["left"] == ends["right"] and len(ends["left"]) == 1
     assert found["validation"][0]["dsr"]["n"] > 0
-    table = tmp_path / "run.safetensors"
-    with pytest.raises(SystemExit, match="was trained with --place after"):
-        run_real(monkeypatch, tmp_path, f"--tokens {table}")
-    with pytest.raises(SystemExit):  # nothing of a policy comes first
-        run_real(monkeypatch, tmp_path, "--place after --read_once --later_turns 0")
+    before = {side: {*seen} for side, seen in ends.items()}
+    table = "--no_answers --tokens " + str(tmp_path / "run.safetensors")
+    again = run_real(monkeypatch, tmp_path, table)  # its own place, not the backbone's
+    assert ends == before and again["settings"]["place"] == "after"
 
 
 def test_the_kept_teacher_reads_each_request_once(monkeypatch, tmp_path):
@@ -458,7 +463,7 @@ def test_the_fuzz_notices_a_wrong_answer(small, monkeypatch):
 def test_the_fuzz_notices_tokens_in_another_place(small, monkeypatch):
     real = mosaic.prompt_ids
 
-    def elsewhere(tokenizer, prompt, place=False):
+    def elsewhere(tokenizer, prompt, place=None):
         ids = real(tokenizer, prompt)
         return [mosaic.PLACE, *ids] if place else ids
 

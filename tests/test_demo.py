@@ -77,7 +77,8 @@ def run(tiny, tmp_path_factory):
     write_few(folder / "few.jsonl", ("alcohol", "betting"), train=4, test=3)
     with contextlib.chdir(folder):
         done = call("--model", tiny, "--data", "few.jsonl", "--device", "cpu",
-                    "--epochs", 2, "--positives_per_subset", 4, "--answer_tokens", 4)
+                    "--epochs", 2, "--positives_per_subset", 4, "--answer_tokens", 4,
+                    "--tokens_per_category", 5, "--place", "before")
     assert done.code == 0, done.err
     return done, json.loads((folder / "runs/demo/results.json").read_text()), folder
 
@@ -129,7 +130,7 @@ def test_a_saved_table_is_evaluated_as_it_was_without_training(run, tiny):
     assert done.code == 0 and "trained: nothing\n" in done.out, done.err
     again = json.loads((folder / "again/results.json").read_text())
     assert again["orders"] == results["orders"]
-    for knob in "epochs", "positives_per_subset":  # the table's own, not the defaults
+    for knob in "epochs", "positives_per_subset", "place":  # its own, not the defaults
         assert again["settings"][knob] == results["settings"][knob]
     assert {path.name for path in (folder / "again").iterdir()} == {
         "results.json", "report.html", "training.pt"
@@ -166,7 +167,9 @@ def test_a_saved_table_grows_by_a_category_and_keeps_its_vectors(run, tiny):
                     "--tokens_per_category", 9)
     assert done.code == 0, done.err
     noted = json.loads((folder / "grown/results.json").read_text())["settings"]
-    assert noted["tokens_per_category"] == 5  # the table's own
+    assert (noted["tokens_per_category"], noted["place"]) == (5, "before")  # its own
+    grown = ControlTokens.load(folder / "grown/tokens.safetensors")
+    assert grown.made_for["place"] == "before"
     assert "trained: 160 numbers, 5 control tokens for each of horror\n" in done.out
     assert "frozen:  alcohol's tokens, betting's tokens, " in done.out
     old, new = load_file(folder / TABLE), load_file(folder / "grown/tokens.safetensors")
@@ -313,7 +316,7 @@ def test_a_prompt_fits_with_all_categories_in_each_turn(tokenizer):
     tokens = ControlTokens.for_model(model, tokenizer, ["a", "b"], 3)
     roles = "user", "assistant", "user"
     chat = [{"role": role, "content": "Odds?"} for role in roles]
-    need = len(mosaic.prompt_ids(tokenizer, chat, place=True)) + 2 * 6 + 8
+    need = len(mosaic.prompt_ids(tokenizer, chat, "after")) + 2 * 6 + 8
     for room in need, need - 1:
         model.config.max_position_embeddings = room
         assert train_demo.fits(model, tokenizer, tokens, chat, 8) == (room == need)
@@ -912,10 +915,22 @@ def test_on_cuda_training_is_longer_unless_flags_say_otherwise(
     monkeypatch.setattr(train_demo, "find_on_hub", lambda name: None)
     flags, ours = flags_on_cuda("--epochs", 3)
     mine = flags_on_cuda("--model", "mine")[1]
-    assert flags.model == train_demo.ON_CUDA and flags.tokens_per_category == 20
-    assert (ours.batch_size, ours.epochs, ours.learning_rate) == (64, 3, 2.0)
-    assert (mine.batch_size, mine.epochs, mine.learning_rate) == (64, 24, 0.7)
+    assert flags.model == train_demo.ON_CUDA and flags.tokens_per_category == 10
+    assert (ours.batch_size, ours.epochs, ours.learning_rate) == (64, 3, 1.0)
+    assert (mine.batch_size, mine.epochs, mine.learning_rate) == (64, 24, 1.0)
     assert flags_on_cuda("--device", "cpu")[1] == mosaic.TrainConfig()
+
+
+def test_a_real_backbone_has_its_own_defaults_on_a_cpu_too(monkeypatch):
+    found = {}
+    for model in "mine", str(EMBEDDED):
+        monkeypatch.setattr(
+            sys, "argv", ["train_demo.py", "--device", "cpu", "--model", model])
+        flags, config = train_demo.read_flags()
+        found[model] = flags.place, flags.tokens_per_category, config
+    assert found[str(EMBEDDED)] == ("before", 5, mosaic.TrainConfig())
+    assert found["mine"] == (
+        "after", 10, mosaic.TrainConfig(batch_size=32, learning_rate=1.0))
 
 
 def test_help_on_cuda_shows_the_defaults_that_count_there(

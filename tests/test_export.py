@@ -288,19 +288,20 @@ def test_an_export_is_not_exported_again_and_leaves_nothing_behind(
     with pytest.raises(ValueError, match="has such tokens already"):
         mosaic.export_checkpoint(exported, reader, tokens, tmp_path / "again")
     with pytest.raises(ValueError, match="take the backbone it was made of"):
-        mosaic.prompt_ids(reader, "Odds?", True)
+        mosaic.prompt_ids(reader, "Odds?", "after")
 
 
 # --- The chat template ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", mosaic.PLACES)
 @pytest.mark.parametrize("manner", TEMPLATES)
 def test_the_template_puts_a_policy_where_training_does_in_the_tables_order(
-    manner, out
+    manner, place, out
 ):
     tokenizer = tokenizer_like(manner)
     model = tiny_model("llama", tokenizer)
-    tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2)
+    tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2, place=place)
     mosaic.export_checkpoint(model, tokenizer, tokens, out)
     reader = AutoTokenizer.from_pretrained(out)
     names = ["<|alcohol:0|>", "<|alcohol:1|>", "<|sex:0|>", "<|sex:1|>"]
@@ -314,7 +315,7 @@ def test_the_template_puts_a_policy_where_training_does_in_the_tables_order(
                 assert templated(reader, chat, nothing) == mosaic.prompt_ids(
                     tokenizer, chat
                 )
-        placed = mosaic.prompt_ids(tokenizer, chat, place=True)
+        placed = mosaic.prompt_ids(tokenizer, chat, place)
         ids = templated(reader, chat, ["sex", "alcohol"])
         assert ids == filled(placed, reader.convert_tokens_to_ids(names))
 
@@ -367,13 +368,13 @@ def test_control_tokens_that_are_typed_anywhere_are_only_text(tokenizer, reader)
 
 def test_categories_may_have_any_name(model, tokenizer, tmp_path, out):
     names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0", "🍺"]
-    names += ["AFTER TEMPLATE", "{{ x }}", "CONTENT", "back\\slash"]
+    names += ["AFTER TEMPLATE", "{{ x }}", "CONTENT", "PLACED", "back\\slash"]
     tokens = ControlTokens.for_model(model, tokenizer, names, 2)
     tokens.save(tmp_path / "t")
     assert ControlTokens.load(tmp_path / "t", model).categories == names
     mosaic.export_checkpoint(model, tokenizer, tokens, out)
     reader, first = AutoTokenizer.from_pretrained(out), len(tokenizer)
-    placed = mosaic.prompt_ids(tokenizer, CHAT, place=True)
+    placed = mosaic.prompt_ids(tokenizer, CHAT, "after")
     for i, name in enumerate(names):
         own = [first + 2 * i, first + 2 * i + 1]
         assert templated(reader, CHAT, [name]) == filled(placed, own)
@@ -383,7 +384,7 @@ def test_without_a_policy_an_export_thinks_as_the_backbone_does():
     own = tokenizer_like("qwen 3")
     shown = [
         one.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
-        for one in (own, mosaic.with_policies(own, {"sex": ["<|sex:0|>"]}))
+        for one in (own, mosaic.with_policies(own, {"sex": ["<|sex:0|>"]}, "after"))
     ]
     assert shown[0] == shown[1] and "<think>" not in shown[1]
 
@@ -401,7 +402,7 @@ def test_a_template_with_policies_leaves_all_of_a_message_but_its_words(tokenize
     ]
     shown = [
         one.apply_chat_template(chat, tokenize=False)
-        for one in (own, mosaic.with_policies(own, {"sex": ["<|sex:0|>"]}))
+        for one in (own, mosaic.with_policies(own, {"sex": ["<|sex:0|>"]}, "after"))
     ]
     assert shown[0] == shown[1] and "['a']  False" in shown[1]
 

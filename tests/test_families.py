@@ -268,24 +268,28 @@ CHATS = {  # the last words, without blanks, are always "Odds?"
 }
 
 
+@pytest.mark.parametrize("place", mosaic.PLACES)
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("manner", TEMPLATES)
-def test_control_tokens_stand_right_before_all_that_the_user_says(manner, chat):
+def test_control_tokens_stand_right_at_all_that_the_user_says(manner, chat, place):
     tokenizer, chat = tokenizer_like(manner), CHATS[chat]
     if "system" in str(chat) and manner in ("gemma", "gemma 3"):
         pytest.skip("these take none")
     bare = mosaic.prompt_ids(tokenizer, chat)
-    placed = mosaic.prompt_ids(tokenizer, chat, place=True)
+    placed = mosaic.prompt_ids(tokenizer, chat, place)
     if chat == "Odds?":
         assert tokenizer.decode(bare) == TEMPLATES[manner][2].format("Odds?")
         assert bare.count(tokenizer.bos_token_id) == TEMPLATES[manner][1]
     said = [m["content"] for m in mosaic.as_messages(chat) if m["role"] == "user"]
     at = [i for i, token in enumerate(placed) if token == PLACE]
     for i, words in zip(at, said, strict=True):
-        rest = tokenizer.decode([token for token in placed[i:] if token != PLACE])
-        assert rest.startswith(words.strip())
+        side = placed[i:] if place == "before" else placed[:i]
+        side = tokenizer.decode([token for token in side if token != PLACE])
+        meets = side.startswith if place == "before" else side.endswith
+        assert meets(words.strip())
     text = tokenizer.decode([token for token in placed if token != PLACE])
-    assert text == tokenizer.decode(bare).replace(" \n Odds?", "Odds?")
+    trimmed = " \n Odds?" if place == "before" else "Odds?  "
+    assert text == tokenizer.decode(bare).replace(trimmed, "Odds?")
 
 
 def test_what_stands_before_the_tokens_is_the_same_ids_under_every_policy():
@@ -307,12 +311,13 @@ def test_what_stands_before_the_tokens_is_the_same_ids_under_every_policy():
     assert torch.equal(read[1][start : start + 3], tokens.compose(["alcohol"]))
 
 
-def test_a_chat_under_one_policy_only_grows_so_that_an_engine_keeps_its_cache():
+@pytest.mark.parametrize("place", mosaic.PLACES)
+def test_a_chat_under_one_policy_only_grows_so_that_an_engine_keeps_its_cache(place):
     tokenizer = tokenizer_like("qwen 2.5")
     chat = turns("Odds?", "Which?", "7/2?", "No.", "Why?", system="Be brief.")
     before = []
     for n in (2, 4, 6):
-        ids = mosaic.prompt_ids(tokenizer, chat[:n], place=True)
+        ids = mosaic.prompt_ids(tokenizer, chat[:n], place)
         assert ids[: len(before)] == before and ids.count(PLACE) == n / 2
         before = ids
 
@@ -329,7 +334,7 @@ def test_a_template_that_drops_or_repeats_the_users_words_is_refused(template):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="drops or repeats words: .*Odds"):
-        mosaic.prompt_ids(tokenizer, "Odds?", place=True)
+        mosaic.prompt_ids(tokenizer, "Odds?", "after")
 
 
 def test_a_template_that_always_opens_a_thought_is_refused():
@@ -337,7 +342,7 @@ def test_a_template_that_always_opens_a_thought_is_refused():
     said = "{% for m in messages %}{{ m.content }} {% endfor %}"
     header = "{% if add_generation_prompt %}assistant <think>\n{% endif %}"
     tokenizer.chat_template = said + header
-    for place in (False, True):
+    for place in (None, *mosaic.PLACES):
         with pytest.raises(ValueError, match="has the model think aloud: take another"):
             mosaic.prompt_ids(tokenizer, "Odds?", place)
 
@@ -410,17 +415,24 @@ def letters_tokenizer(kind):
     return made
 
 
+@pytest.mark.parametrize("place", mosaic.PLACES)
 @pytest.mark.parametrize("kind", ["llama", "first", "always", "never"])
-def test_words_behind_the_tokens_are_split_in_training_as_in_an_export(kind, tmp_path):
+def test_what_is_behind_the_tokens_is_split_in_training_as_in_an_export(
+    kind, place, tmp_path
+):
     tokenizer = letters_tokenizer(kind)
+    if place == "after":  # here, too, text comes behind the tokens
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "m.content + eos_token", "m.content + 'ok' + eos_token")
     model = tiny_model("llama", tokenizer)
-    tokens = ControlTokens.for_model(model, tokenizer, ["alcohol"], 2)
+    tokens = ControlTokens.for_model(model, tokenizer, ["alcohol"], 2, place=place)
     mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
     served = AutoTokenizer.from_pretrained(tmp_path / "out")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = [i for i in mosaic.prompt_ids(tokenizer, "Odds?", True) if i != PLACE]
+    ids = [i for i in mosaic.prompt_ids(tokenizer, "Odds?", place) if i != PLACE]
     same = ids == mosaic.prompt_ids(tokenizer, "Odds?")
-    assert same == (kind in ("first", "never"))  # else not the bare ids with a hole
+    alike = ["first", "never"] + ["llama"] * (place == "after")  # words come first there
+    assert same == (kind in alike)  # else not the bare ids with a hole
     for chat in (turns("Odds?"), turns("Hi", "Hi.", " 7/2?")):
         ids = served.apply_chat_template(
             chat, policy=["alcohol"], add_generation_prompt=True, return_dict=True
@@ -445,7 +457,7 @@ def test_a_tokenizer_that_is_changed_is_read_anew():
     assert len(mosaic.prompt_ids(tokenizer, "<|new|>")) > 5
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
     new = tokenizer.convert_tokens_to_ids("<|new|>")
-    assert mosaic.prompt_ids(tokenizer, "<|new|>", True)[2:4] == [PLACE, new]
+    assert mosaic.prompt_ids(tokenizer, "<|new|>", "before")[2:4] == [PLACE, new]
 
 
 def test_a_refusal_behind_other_text_is_split_as_the_template_splits_it():
@@ -458,5 +470,5 @@ def test_a_refusal_behind_other_text_is_split_as_the_template_splits_it():
 
 def test_the_mark_that_finds_the_place_leaves_the_tokenizer_as_it_was(tokenizer):
     before = len(tokenizer)
-    assert PLACE in mosaic.prompt_ids(tokenizer, "Odds?", True)
+    assert PLACE in mosaic.prompt_ids(tokenizer, "Odds?", "after")
     assert len(tokenizer) == before and MARK not in tokenizer.get_vocab()

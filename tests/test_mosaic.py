@@ -775,16 +775,65 @@ def test_a_torch_without_muon_is_told_before_anything_is_computed(
         mosaic.train(model, tokenizer, tokens, [])
 
 
-def test_reference_answers_are_the_models_own_greedy_answers(backbone, tokenizer):
+def test_a_table_is_trained_and_used_where_it_was_made_for(
+    model, tokenizer, requests, tmp_path, monkeypatch
+):
+    chat = [{"role": "user", "content": "Hi there."},
+            {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "What goes in a Negroni?"}]
+    read, make_batch = set(), mosaic.make_batch
+
+    def noted(model, rows, side):
+        placed = [row.prompt for row in rows if row.control is not None]
+        read.update(tokenizer.decode(row[: row.index(PLACE)])[-9:] for row in placed)
+        return make_batch(model, rows, side)
+
+    monkeypatch.setattr(mosaic, "make_batch", noted)
+    for place in mosaic.PLACES:
+        table = ControlTokens.for_model(model, tokenizer, CATEGORIES, 2, place=place)
+        mosaic.train(model, tokenizer, table, requests, QUICK)
+        mosaic.generate(model, tokenizer, table, [chat], [["sex"]], 2)
+        table.save(tmp_path / place)
+        again = ControlTokens.load(tmp_path / place, model)
+        mosaic.generate(model, tokenizer, again, [chat], [["sex"]], 2)
+        heads = {tokenizer.decode(mosaic.prompt_ids(tokenizer, "")[:2])[-9:]}
+        words = {q.prompt[-9:] for q in requests} | {"Hi there."}
+        assert read and read <= (heads if place == "before" else words), read
+        read.clear()
+
+
+def test_a_place_that_is_none_and_references_for_another_are_refused(
+    model, tokenizer, requests
+):
+    with pytest.raises(ValueError, match="'behind'; take before or after"):
+        ControlTokens.for_model(model, tokenizer, ["sex"], place="behind")
+    table = ControlTokens.for_model(model, tokenizer, CATEGORIES, place="before")
+    learn = mosaic.training_references(model, tokenizer, requests, QUICK)
+    with pytest.raises(ValueError, match="references of another place than 'before'"):
+        mosaic.train(model, tokenizer, table, [], QUICK, references=learn)
+
+
+def test_a_table_saved_when_there_was_one_place_stands_before_the_words(
+    tokens, tmp_path
+):
+    del tokens.made_for["place"]
+    tokens.save(tmp_path / "t")
+    assert ControlTokens.load(tmp_path / "t").made_for["place"] == "before"
+
+
+@pytest.mark.parametrize("place", mosaic.PLACES)
+def test_reference_answers_are_the_models_own_greedy_answers(
+    backbone, tokenizer, place
+):
     asked = [Request(prompt, NEUTRAL, "test", "sex") for prompt in ASKED]
-    found = mosaic.reference_answers(backbone, tokenizer, asked, 20)
+    found = mosaic.reference_answers(backbone, tokenizer, asked, 20, place=place)
     for request, reference in zip(asked, found, strict=True):
         ids = torch.tensor([mosaic.prompt_ids(tokenizer, request.prompt)])
         plain = backbone.generate(ids, do_sample=False, max_new_tokens=20)
         plain = plain[0, ids.shape[1] :].tolist()
         assert reference == mosaic.Reference(
             *dataclasses.astuple(request), tuple(ids[0].tolist()),
-            tuple(mosaic.prompt_ids(tokenizer, request.prompt, True)), tuple(plain),
+            tuple(mosaic.prompt_ids(tokenizer, request.prompt, place)), tuple(plain),
             tokenizer.decode(plain, skip_special_tokens=True).strip(),
         )
 
@@ -795,11 +844,11 @@ def test_what_the_backbone_declines_itself_is_counted_and_left_out(
     real = mosaic.reference_answers
     declined = [request.prompt for request in requests[:3]]
 
-    def answers(*arguments):
+    def answers(*arguments, **options):
         return [
             dataclasses.replace(r, text="No way.")
             if mosaic.user_words(r.prompt)[-1] in declined else r
-            for r in real(*arguments)
+            for r in real(*arguments, **options)
         ]
 
     monkeypatch.setattr(mosaic, "reference_answers", answers)
@@ -836,10 +885,10 @@ def test_a_share_of_the_requests_comes_again_in_a_later_turn(
             model, tokenizer, [by_words[first["content"]]], QUICK.answer_tokens
         )
         assert answer["content"] == before.text
-        at = [i for i, token in enumerate(again.placed, 1) if token == PLACE]
+        at = [i for i, token in enumerate(again.placed) if token == PLACE]
         for i, turn in zip(at, (first, last), strict=True):
-            said = [token for token in again.placed[i:] if token != PLACE]
-            assert tokenizer.decode(said).startswith(turn["content"])
+            said = [token for token in again.placed[:i] if token != PLACE]
+            assert tokenizer.decode(said).endswith(turn["content"])
 
 
 def test_a_later_turn_keeps_its_own_system_message_if_there_is_no_other():
@@ -1293,14 +1342,15 @@ def test_requests_with_a_system_message_train_evaluate_and_generate(
         respond, asked, CATEGORIES, (5,), judge=lambda prompt, _: prompt[0] == said
     )
     assert row["dsr"]["rate"] == row["over_refusal"]["rate"] == 1
-    ids = mosaic.prompt_ids(tokenizer, seen[0][0], True)
+    ids = mosaic.prompt_ids(tokenizer, seen[0][0], "after")
     assert "help desk of Acme" in tokenizer.decode(ids[: ids.index(PLACE)])
 
 
 @pytest.mark.slow
 def test_a_trained_table_beats_the_untouched_backbone(backbone, tokenizer, requests):
     names = ["alcohol", "betting"]
-    table = ControlTokens.for_model(backbone, tokenizer, names, requests=requests)
+    table = ControlTokens.for_model(
+        backbone, tokenizer, names, requests=requests, place="before")
     config = TrainConfig(epochs=4, positives_per_subset=60)
     history = mosaic.train(backbone, tokenizer, table, requests, config)
     assert history[-1]["declines_active"] > 0.7 > 0.3 > history[-1]["declines_others"]
@@ -1425,6 +1475,7 @@ def test_the_mark_of_the_place_is_nothing_that_a_user_can_type(tokenizer):
     said = f"{mosaic.MARK} Hi {mosaic.MARK}"
     turns = [{"role": "user", "content": said}, {"role": "assistant", "content": said},
              {"role": "user", "content": said}]
-    ids = mosaic.prompt_ids(tokenizer, turns, place=True)
-    assert ids.count(PLACE) == 2  # one in each of the user's turns
-    assert mosaic.prompt_ids(tokenizer, mosaic.MARK, place=True).count(PLACE) == 1
+    for place in mosaic.PLACES:
+        ids = mosaic.prompt_ids(tokenizer, turns, place)
+        assert ids.count(PLACE) == 2  # one in each of the user's turns
+        assert mosaic.prompt_ids(tokenizer, mosaic.MARK, place).count(PLACE) == 1

@@ -231,7 +231,7 @@ def test_what_the_backbone_declines_by_itself_is_left_out(lab, monkeypatch):
     declined = lab.test[0].prompt
     answers = {q.prompt: q.text for q in lab.test} | {declined: mosaic.REFUSAL}
 
-    def say(model, tokenizer, requests, n):
+    def say(model, tokenizer, requests, n, place):
         return [mosaic.Reference(q.prompt, q.category, text=answers[q.prompt])
                 for q in requests]
 
@@ -302,7 +302,8 @@ def test_growth_freezes_older_tokens_and_knows_no_later_category(lab, monkeypatc
     of = {q.prompt: q.category for q in lab.requests}
     single = {q.category: q for q in lab.learn if isinstance(q.prompt, str)}
     chat = mosaic.later_turn(single["sex"], single["alcohol"])
-    more = mosaic.reference_answers(lab.model, lab.tokenizer, [chat])
+    more = mosaic.reference_answers(
+        lab.model, lab.tokenizer, [chat], place=paper.PLACE)
     monkeypatch.setattr(lab, "learn", [*lab.learn, *more])
 
     def told(tokenizer, requests, *rest):

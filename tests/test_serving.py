@@ -46,7 +46,7 @@ def served(backbone, tokenizer, requests, tmp_path_factory):
     """
     torch.manual_seed(0)
     tokens = ControlTokens.for_model(
-        backbone, tokenizer, CATEGORIES, requests=requests
+        backbone, tokenizer, CATEGORIES, requests=requests, place="before"
     )
     config = TrainConfig(epochs=1, positives_per_subset=30, later_turns=0)
     mosaic.train(backbone, tokenizer, tokens, requests, config)

@@ -55,9 +55,11 @@ def prompt(rng: random.Random):
 def embedded(model, tokenizer, table, chat, policy) -> torch.Tensor:
     """(length, D): what the model should read, by hand."""
     chat = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
-    if policy:  # in front of all that the user says
-        chat = [turn if turn["role"] == "assistant" else
-                {**turn, "content": "\0" + turn["content"].lstrip()} for turn in chat]
+    if policy:  # at all that the user says
+        after = table.made_for["place"] == "after"
+        chat = [turn if turn["role"] == "assistant" else {**turn, "content": (
+                    turn["content"].rstrip() + "\0" if after else
+                    "\0" + turn["content"].lstrip())} for turn in chat]
     shown = tokenizer.apply_chat_template(
         chat, tokenize=False, add_generation_prompt=True)
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"]
@@ -76,7 +78,8 @@ def case(seed: int, model, tokenizer) -> int:
     names = {text(rng, 8).strip() or f"c{i}" for i in range(rng.randint(1, 5))}
     names = sorted(names - {NEUTRAL})
     table = ControlTokens.for_model(
-        model, tokenizer, names, rng.randint(1, 4), seed=seed)
+        model, tokenizer, names, rng.randint(1, 4), seed=seed,
+        place=rng.choice([*mosaic.PLACES]))
     prompts = [prompt(rng) for _ in range(rng.randint(1, 6))]
     policies = [rng.sample(names, rng.randint(0, len(names))) for _ in prompts]
     with torch.no_grad():

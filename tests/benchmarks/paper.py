@@ -47,6 +47,7 @@ from train_demo import (
     EMBEDDED, JUDGED_TOKENS, REQUESTS, SUMMARIES, instruct, load_backbone
 )
 
+PLACE = "before"  # as in the paper; see train_demo.REAL_DEFAULTS
 VERSION = 8  # raise it when code changes what a cell trains or measures
 LORA_RATE = 0.003  # Adam's, for adapters: tried once on validation, not tuned
 
@@ -129,7 +130,7 @@ class Lab:
         self.categories = [name for name in names if name != NEUTRAL]
         # The later turns among them are drawn once, for all seeds and methods.
         self.learn = mosaic.training_references(
-            self.model, self.tokenizer, requests, TrainConfig())
+            self.model, self.tokenizer, requests, TrainConfig(), place=PLACE)
         self.test = self.answered([q for q in requests if q.split == "test"])
         self.plain = [q for q in self.test if q.category == NEUTRAL and not q.near]
         # The second turn: each request after a harmless one and its answer.
@@ -140,7 +141,7 @@ class Lab:
     def answered(self, requests: list[Request]) -> list[mosaic.Reference]:
         """Those that the backbone does not decline by itself, with its answers."""
         found = mosaic.reference_answers(
-            self.model, self.tokenizer, requests, JUDGED_TOKENS)
+            self.model, self.tokenizer, requests, JUDGED_TOKENS, place=PLACE)
         return [q for q in found if not mosaic.is_refusal(q.text)]
 
     def config(self, cell: Cell) -> TrainConfig:
@@ -158,7 +159,8 @@ class Lab:
 
     def fresh(self, names: list[str], cell: Cell, requests: list) -> ControlTokens:
         return ControlTokens.for_model(
-            self.model, self.tokenizer, names, cell.tokens, requests, seed=cell.seed)
+            self.model, self.tokenizer, names, cell.tokens, requests,
+            place=PLACE, seed=cell.seed)
 
 
 class Way:

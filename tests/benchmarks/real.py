@@ -10,17 +10,17 @@
     python tests/benchmarks/real.py --sweep FILE   # a line of flags each, side by side
     python tests/benchmarks/real.py --picture FILE.svg RUN.json ...   # their curves
 
-Control tokens stand before the user's words, as in mosaic.py, or with --place after
-behind them, where they can read the request.
+Control tokens stand after the user's words, which they can read there, or with --place
+before in front of them as in the paper; on the embedded backbone that is the default.
 
 Methods: tokens; shared and mlp, the same tokens trained through parameters that all
 categories have in common and folded back (see Reparametrised); layers, vectors at every
 layer; lora, one adapter steered by the written policy.
 
 What is cheap or comes first: --prefix reads what all prompts begin with (a template's
-system message) once, and --read_once the control tokens of a policy once for all rows
-of a batch that are under it; --decide_until and --first_order_until put the decision,
-and policies of one category, before the rest.
+system message) once, and --read_once also the words before control tokens, or else the
+control tokens of a policy once for all rows of a batch under it; --decide_until and
+--first_order_until put the decision, and policies of one category, before the rest.
 
 Prints along the way the AUC of the refusal's log-probability by order, on training and
 validation requests; at the end DSR, OR and near-miss OR on validation, or with --test
@@ -47,18 +47,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import mosaic
 import peers
 from data_sample.reading import read_requests, read_summaries
 from measure import auc, answer_log_probabilities, drift, write_whole
 from mosaic import (
-    NEUTRAL, ControlTokens, OrderSampler, Request, Row, Task, TrainConfig
+    NEUTRAL, ControlTokens, OrderSampler, Request, Row, Task, TrainConfig, batched
 )
 from robustness import border_cases, safe_prompts
-from train_demo import JUDGED_TOKENS, instruct, load_backbone
+from train_demo import EMBEDDED, JUDGED_TOKENS, instruct, load_backbone
 
 KNOBS = ("optimizer", "learning_rate", "kd_weight", "first_weight", "later_weight",
          "batch_size", "answer_tokens", "later_turns", "negatives_per_positive", "seed")
@@ -69,10 +71,8 @@ def misfit(args: argparse.Namespace) -> str:
     """Why these flags do not go together, if so."""
     if args.read_once and args.later_turns:
         return "--read_once is for --later_turns 0: one place for control tokens"
-    if args.keep_teacher and not args.bf16:
-        return "--keep_teacher goes with --bf16"
-    if args.place == "after" and args.read_once:
-        return "--read_once is for --place before: it reads what comes first"
+    if args.keep_teacher and (not args.bf16 or args.method in ("layers", "lora")):
+        return "--keep_teacher goes with --bf16 and control tokens"
     if (args.tokens or args.go_on) and args.method in ("layers", "lora"):
         return "a saved table is for methods that train one"
     if args.prefix and args.method in ("layers", "lora"):
@@ -97,12 +97,13 @@ def flags() -> argparse.Namespace:
         help="up to this share only the first three tokens of answers are learned")
     add("--prefix", action="store_true",
         help="what all prompts begin with is read once and kept as a cache")
-    add("--read_once", action="store_true", help="--prefix, and in a batch each "
-        "policy's control tokens are read once; single turns only")
+    add("--read_once", action="store_true", help="--prefix, and what comes first is "
+        "read once: words for all of the run, or else a policy's control tokens for "
+        "all of a batch; single turns only")
     add("--keep_teacher", action="store_true", help="the backbone's distributions are "
         "kept from epoch to epoch; with --bf16, on a CPU")
-    add("--place", choices=("before", "after"), default="before",
-        help="where control tokens stand: before or after the user's words")
+    add("--place", choices=mosaic.PLACES, help="of control tokens, before or after the "
+        "user's words; that of a saved table, or else after, embedded before")
     add("--steps", type=int, default=1000)
     add("--minutes", type=float, help="the clock ends it, in place of --steps")
     add("--tokens_per_category", type=int, default=20)
@@ -153,35 +154,38 @@ class Prefixed:
     """A backbone that has read already what rows begin with: keys and values are kept.
 
     It takes the model's place in mosaic.answer_logits, for rows that lack these `ids`
-    and, after `read`, the control tokens.
+    and what `read_policies` or `read_words` has read after them.
     """
 
     def __init__(self, model: mosaic.Model, ids: Sequence[int]):
-        self.model, self.turn = model, []
+        self.model, self.turn, self.words = model, [], {}
         with torch.no_grad():
             read = model(torch.tensor([ids], device=model.device), use_cache=True)
-        self.kept = self.cached(read)  # keys and values of each layer, (1, heads, P, d)
+        self.kept = self.halves(read)
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
     @staticmethod
-    def cached(read: transformers.utils.ModelOutput) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.keys, layer.values) for layer in read.past_key_values.layers]
+    def halves(read: transformers.utils.ModelOutput) -> Tensor:
+        """Keys and values of all layers, (B, 2 * layers, heads, P, d)."""
+        layers = read.past_key_values.layers
+        return torch.stack([x for one in layers for x in (one.keys, one.values)], 1)
 
-    def after(self, model: nn.Module, kept: list, at: list[int], mask: Tensor,
+    def after(self, model: nn.Module, past: list[Tensor], mask: Tensor,
               positions: Tensor, **inputs):
-        """`model` on rows of which the i-th goes on from `kept`'s row at[i]."""
-        b, rows = len(mask), torch.tensor(at, device=mask.device)
-        past = [[half.expand(b, -1, -1, -1) if len(half) == 1 else half[rows]
-                 for half in layer] for layer in kept]
-        length = past[0][0].shape[2]
+        """`model` on rows of which the i-th goes on from past[i]."""
+        sizes = torch.tensor([[kept.shape[2]] for kept in past], device=mask.device)
+        length = max(kept.shape[2] for kept in past)
+        filled = torch.arange(length, device=mask.device) >= length - sizes  # (B, P)
+        past = torch.stack([F.pad(kept, (0, 0, length - kept.shape[2], 0))
+                            for kept in past], 1)  # (2 * layers, B, heads, P, d)
         return model(
-            attention_mask=torch.cat([mask.new_ones(b, length), mask], 1),
-            position_ids=positions + length,
-            past_key_values=transformers.DynamicCache(past), **inputs)
+            attention_mask=torch.cat([filled.to(mask), mask], 1),
+            position_ids=positions + sizes,
+            past_key_values=transformers.DynamicCache(batched(past, 2)), **inputs)
 
-    def read(self, controls: Sequence[Tensor], turn: Sequence[int]) -> None:
+    def read_policies(self, controls: Sequence[Tensor], turn: Sequence[int]) -> None:
         """Read control tokens (R, D), a policy each, once for all rows under it.
 
         The next rows, len(turn) in all, go on from policy turn[i]: with a gradient, as
@@ -190,16 +194,35 @@ class Prefixed:
         x = torch.stack([*controls]).to(self.model.get_input_embeddings().weight)
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
         read = self.after(  # no answer is in it, so it goes through no output head
-            self.model.base_model, self.kept, [0] * len(x), mask, mask.cumsum(1) - 1,
+            self.model.base_model, [*self.kept] * len(x), mask, mask.cumsum(1) - 1,
             inputs_embeds=x, use_cache=True)
-        self.policies, self.turn = self.cached(read), [*turn]
+        policies = self.halves(read)
+        self.turn = [policies[i] for i in turn]
+
+    def read_words(self, words: Sequence[tuple[int, ...]]) -> None:
+        """Read what comes before control tokens, once and for all.
+
+        It does not see them, so its keys and values are the bare backbone's. The next
+        rows go on from words[i].
+        """
+        new = [ids for ids in dict.fromkeys(words) if ids not in self.words]
+        read = self.kept.shape[3]
+        for some in batched(new, 32):
+            ids = [torch.tensor(one, device=self.model.device) for one in some]
+            ids = pad_sequence(ids, True, mosaic.PAD)  # (B, L)
+            mask = (ids != mosaic.PAD).long()
+            with torch.no_grad():
+                out = self.after(
+                    self.model.base_model, [*self.kept] * len(some), mask,
+                    mask.cumsum(1) - 1, input_ids=ids.clamp(min=0), use_cache=True)
+            for one, kept in zip(some, self.halves(out)):
+                self.words[one] = kept[:, :, read : read + len(one)].clone()
+        self.turn = [torch.cat([self.kept[0], self.words[ids]], 2) for ids in words]
 
     def __call__(self, attention_mask: Tensor, position_ids: Tensor, **inputs):
         b = len(attention_mask)
-        at, self.turn = self.turn[:b], self.turn[b:]
-        kept = self.policies if at else self.kept
-        at = at or [0] * b
-        return self.after(self.model, kept, at, attention_mask, position_ids, **inputs)
+        past, self.turn = self.turn[:b] or [*self.kept] * b, self.turn[b:]
+        return self.after(self.model, past, attention_mask, position_ids, **inputs)
 
 
 class Teacher:
@@ -292,9 +315,12 @@ class Job:
         if saved := args.tokens or args.go_on:
             self.tokens = ControlTokens.load(saved, self.model)
             args.refusal = self.tokens.made_for["refusal"]
-            place = self.tokens.made_for.get("place", "before")
-            if place != args.place:
+            place = self.tokens.made_for["place"]
+            if args.place not in (None, place):
                 raise SystemExit(f"{saved} was trained with --place {place}")
+            args.place = place
+        embedded = Path(name).resolve() == EMBEDDED
+        args.place = args.place or ("before" if embedded else "after")
         self.summaries = read_summaries(args.summaries) if args.summaries else {}
         requests = read_requests(args.data)
         every = dict.fromkeys(q.category for q in requests if q.category != NEUTRAL)
@@ -345,12 +371,12 @@ class Job:
             splits = splits[-1:]
         else:
             learn = mosaic.training_references(
-                self.model, self.tokenizer, requests, self.config, self.args.refusal)
+                self.model, self.tokenizer, requests, config, args.refusal, args.place)
         held = {"train": [q for q in learn if isinstance(q.prompt, str)]}
         for split in splits:
             some = few([q for q in requests if q.split == split], self.args.sample)
             found = mosaic.reference_answers(
-                self.model, self.tokenizer, some, 24, self.big)
+                self.model, self.tokenizer, some, 24, self.big, args.place)
             held[split] = [q for q in found if not self.refused(q.text)]
             held["declined"] = [q for q in found if self.refused(q.text)]
             print(f"{split}: the backbone answers {len(held[split])} of {len(found)}")
@@ -359,7 +385,7 @@ class Job:
             calm = [q for q in held["test"] if q.category == NEUTRAL and not q.near]
             chats = [mosaic.later_turn(rng.choice(calm), q) for q in held["test"]]
             found = mosaic.reference_answers(
-                self.model, self.tokenizer, chats, 24, self.big)
+                self.model, self.tokenizer, chats, 24, self.big, args.place)
             held["second turn"] = [q for q in found if not self.refused(q.text)]
         if self.args.references:
             torch.save({"asked": asked, "learn": learn, "held": held}, kept)
@@ -380,7 +406,7 @@ class Job:
             told = requests if args.start == "words" else ()
             self.tokens = ControlTokens.for_model(
                 model, self.tokenizer, self.categories, args.tokens_per_category, told,
-                refusal=args.refusal, seed=args.seed)
+                refusal=args.refusal, place=args.place, seed=args.seed)
             if args.start == "normal":
                 torch.manual_seed(args.seed)
                 size = mosaic.stream_size(model, self.tokenizer)
@@ -410,15 +436,22 @@ class Job:
         placed = task.request.placed[self.cut:]
         return Row(placed, self.tokens.compose(task.policy, rng))
 
-    def read_policies(
+    def read_before(
         self, tasks: list[Task], rows: list[Row], rng: random.Random | None = None
     ) -> list[Row]:
-        """With --read_once: have the policies read, and the rows without them."""
+        """With --read_once: have read what comes first, and the rows without it."""
         if not self.args.read_once:
             return rows
+        if self.args.place == "after":
+            # One place for control tokens, or measure.py's order would not be ours.
+            assert all(row.prompt.count(mosaic.PLACE) == 1 for row in rows)
+            cuts = [row.prompt.index(mosaic.PLACE) for row in rows]
+            self.reader.read_words([row.prompt[:i] for i, row in zip(cuts, rows)])
+            return [row._replace(prompt=row.prompt[i:]) for i, row in zip(cuts, rows)]
         policies = [*dict.fromkeys(task.policy for task in tasks)]
         controls = [self.tokens.compose(policy, rng) for policy in policies]
-        self.reader.read(controls, [policies.index(task.policy) for task in tasks])
+        turn = [policies.index(task.policy) for task in tasks]
+        self.reader.read_policies(controls, turn)
         assert all(row.prompt.index(mosaic.PLACE) == 0 for row in rows)
         return [row._replace(prompt=row.prompt[1:], control=None) for row in rows]
 
@@ -433,7 +466,7 @@ class Job:
             for policy in policies:
                 tasks = [Task(q, policy) for q in references]
                 rows = [self.row(task)._replace(answer=self.refusal) for task in tasks]
-                rows = self.read_policies(tasks, rows)
+                rows = self.read_before(tasks, rows)
                 scores = answer_log_probabilities(self.reader, rows, self.big)
                 for task, score in zip(tasks, scores):
                     sides[task.refuse].append(score)
@@ -476,7 +509,7 @@ class Job:
             tasks = [Task(dataclasses.replace(q, answer=q.answer[:3]), policy)
                      for q, policy in tasks]
         rows = mosaic.task_rows(self.tokens, tasks, refusal, rng)
-        rows = self.read_policies(tasks, rows, rng)
+        rows = self.read_before(tasks, rows, rng)
         weights = mosaic.answer_weights(rows, self.config, self.progress)
         logged = mosaic.batch_losses(self.reader, tasks, rows, weights, refusal)
         loss = logged[0] + logged[1] + self.config.kd_weight * logged[2]
@@ -516,7 +549,7 @@ class Job:
             self.behind.write()
         if args.method in ("tokens", "shared", "mlp"):
             used = dataclasses.asdict(self.config) | {"orders": self.orders}
-            self.tokens.made_for |= {"training": used, "place": args.place}
+            self.tokens.made_for["training"] = used
             self.tokens.save(str(Path(args.output).with_suffix(".safetensors")))
 
     def respond(self, prompts: list, policies: list) -> list[str]:
@@ -624,19 +657,8 @@ def picture(path: str, *runs: str) -> None:
     figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
 
 
-def place_after() -> None:
-    """From now on control tokens stand right after the user's words, in each turn."""
-    before = "mosaic.control ~ mosaic.words.lstrip()"
-    assert before in mosaic.POLICY_TEMPLATE
-    mosaic.POLICY_TEMPLATE = mosaic.POLICY_TEMPLATE.replace(
-        before, "mosaic.words.rstrip() ~ mosaic.control")
-    mosaic.kept_with_mark.cache_clear()
-
-
 def main() -> None:
     args = flags()
-    if args.place == "after":
-        place_after()
     if args.picture:
         return picture(*args.picture)
     os.makedirs(Path(args.output).parent, exist_ok=True)

@@ -36,7 +36,9 @@ class Job:
         self.tokens = ControlTokens.load(flags.tokens, self.model)
         self.orders = [r for r in (1, 3, 5) if r <= len(self.tokens.categories)]
         held_out = [q for q in read_requests(str(REQUESTS)) if q.split != "train"]
-        found = mosaic.reference_answers(self.model, self.tokenizer, held_out, 48)
+        found = mosaic.reference_answers(
+            self.model, self.tokenizer, held_out, 48,
+            place=self.tokens.made_for["place"])
         self.held_out = [q for q in found if not self.refused(q.text)]
         self.test = [q for q in self.held_out if q.split == "test"]
         self.active = self.test

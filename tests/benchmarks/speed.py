@@ -68,7 +68,7 @@ class Job:
         self.learn, size = [], len(self.tokenizer)
         for q in requests:
             bare, placed = (mosaic.prompt_ids(self.tokenizer, q.prompt, place)
-                            for place in (False, True))
+                            for place in (None, "after"))
             answer = torch.randint(size, (16,)).tolist()
             self.learn.append(Reference(
                 q.prompt, q.category, q.split, q.near, bare, placed, answer))
