@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """MOSAIC: composable safety alignment with modular control tokens, in one file.
 
-A few learned vectors per safety category, put at the user's words in the prompt of a
-frozen causal language model, are trained to make it decline exactly the categories
+A few learned vectors per safety category, put right after a user's words in the prompt
+of a frozen causal language model, are trained to make it decline exactly the categories
 that a policy names, and to leave every other answer as it was.
 
 Paper: Peng et al., "MOSAIC: Composable Safety Alignment with Modular Control Tokens",
@@ -17,8 +17,8 @@ paper:`.
     request           x, a user's words or a whole chat
     reference answer  what the backbone says without control tokens, decoded greedily
 
-A row, as the backbone reads it; a policy is composed by putting its token sets there
-or, as in the paper, before the words:
+A row, as the backbone reads it; the token sets of a policy follow the words or, as in
+the paper, precede them:
 
     [template] [the user's words] [z_c1 .. z_cr] [template] [answer]
 
@@ -135,7 +135,7 @@ def canonical(policy: Policy, categories: Sequence[str]) -> tuple[str, ...]:
 
 # --- 2. Control tokens ----------------------------------------------------------------
 
-FORMAT = 3  # of a saved table; with the ones before, tokens stood elsewhere
+FORMAT = 3  # of a saved table; with 1 and 2 tokens stood at none of today's places
 
 
 def check_backbone(model: Model) -> None:
@@ -203,7 +203,7 @@ def telling_ids(
 ) -> list[int]:
     """The m token ids that tell the category's training requests best from the others'.
 
-    Near misses, which have its words, do not count. Without such requests, the ids of
+    Near misses, which have its words, do not count. If it has no requests, the ids of
     the category's name. If there are fewer than m, they are repeated.
     """
     own, others = [], []
@@ -333,7 +333,7 @@ class ControlTokens(nn.Module):
                 vectors = {c: file.get_tensor(c) for c in made_for.pop("categories")}
             if (kind := made_for.pop("format")) != FORMAT:
                 raise ValueError(f"format {kind}, now {FORMAT}: train it anew")
-            made_for.setdefault("place", "before")  # there was no other once
+            made_for.setdefault("place", "before")  # of format 3, it was the only one
         except Exception as error:  # anything at all can be wrong with a file
             raise ValueError(f"{path} is no table to use here: {error}") from error
         tokens = cls(vectors, made_for)
@@ -345,7 +345,7 @@ class ControlTokens(nn.Module):
 # --- 3. From prompt to batch to logits ------------------------------------------------
 
 IGNORE = -100  # label of a position that is not trained on, as in all of transformers
-PAD, PLACE = -1, -2  # in a row of ids: padding, where control vectors go
+PAD, SLOT = -1, -2  # in a row of ids: padding, and where control vectors go
 MARK = "<|mosaic:place|>"
 
 PLAIN_TEMPLATE = (  # for a base model, which brings none
@@ -355,23 +355,23 @@ PLAIN_TEMPLATE = (  # for a base model, which brings none
 
 
 class Row(NamedTuple):
-    """What the model reads: ids, with PLACE wherever `control` stands."""
+    """What the model reads: ids, with one SLOT wherever all of `control` stands."""
 
     prompt: Sequence[int]
-    control: Tensor | None = None  # (r*M, D); None: the bare backbone, no PLACE
+    control: Tensor | None = None  # (r*M, D); None: the bare backbone, no SLOT
     answer: Sequence[int] = ()
 
 
-# Where control tokens stand in each of the user's turns. "before" the words, as in the
-# paper, they can only be read; "after" them they read the words, too, and real
-# backbones learn several times faster. Right at the words: some templates trim them.
+# Where control tokens stand in each of the user's turns. A token sees only what is to
+# its left: "before" the words, as in the paper, it cannot see them, "after" them it
+# can. (The strips: some templates trim, and tokens are to touch the words.)
 PLACES = {
     "before": "mosaic.control ~ mosaic.words.lstrip()",
     "after": "mosaic.words.rstrip() ~ mosaic.control",
 }
 
 # Put in front of the backbone's own chat template, which then reads the messages that
-# are made here. Training puts a single MARK at the place, an exported checkpoint its
+# are made here. Training puts a single MARK there, an exported checkpoint its
 # control tokens. (What a loop of Jinja sets is forgotten after it, but for what a
 # namespace holds.)
 POLICY_TEMPLATE = """\
@@ -407,7 +407,7 @@ POLICY_TEMPLATE = """\
             {%- set mosaic.words = mosaic.words | replace(typed, "< |" ~ name ~ ":") -%}
         {%- endfor -%}
         {%- if controlled -%}
-            {%- set mosaic.words = PLACED -%}
+            {%- set mosaic.words = WITH_CONTROL -%}
         {%- endif -%}
         {%- set message = dict(message, content=CONTENT) -%}
     {%- endif -%}
@@ -423,7 +423,7 @@ def with_policies(
     """A copy of the tokenizer whose chat template takes a `policy`.
 
     `names`: for each category what its control tokens are called, <|category:...|>.
-    `place`: one of PLACES. ValueError: it takes a policy already.
+    `place`: one of PLACES. ValueError: its template takes a policy already.
     """
     made = copy.deepcopy(tokenizer)
     made.chat_template = own = made.chat_template or PLAIN_TEMPLATE
@@ -434,7 +434,8 @@ def with_policies(
     parts = '[{"type": "text", "text": mosaic.words}]'
     content = "mosaic.words" if MARK in shown else parts
     joined = {category: "".join(tokens) for category, tokens in names.items()}
-    head = POLICY_TEMPLATE.replace("CONTENT", content).replace("PLACED", PLACES[place])
+    head = POLICY_TEMPLATE.replace("CONTENT", content)
+    head = head.replace("WITH_CONTROL", PLACES[place])
     head = head.replace("CONTROL_TOKENS", json.dumps(joined, ensure_ascii=False))
     named = own if isinstance(own, dict) else {"default": own}  # also: tool_use, rag
     made.chat_template = {name: head + template for name, template in named.items()}
@@ -448,18 +449,18 @@ def kept_with_mark(tokenizer: Tokenizer, place: str, state: str) -> Tokenizer:
     return with_policies(tokenizer, {"mosaic": [MARK]}, place)
 
 
-def with_mark(tokenizer: Tokenizer, place: str | None) -> Tokenizer:
+def with_mark(tokenizer: Tokenizer, place: str = "after") -> Tokenizer:
     """`with_policies` for training: one MARK where control tokens will stand.
 
     Made once, and anew when the tokenizer's template or tokens have changed.
     """
     state = tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map
-    return kept_with_mark(tokenizer, place or "after", repr(state))
+    return kept_with_mark(tokenizer, place, repr(state))
 
 
 def render(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """A whole chat as the backbone's template writes it, with no answer begun."""
-    marked = with_mark(tokenizer, None)
+    marked = with_mark(tokenizer)
     return marked.apply_chat_template(as_messages(prompt), tokenize=False)
 
 
@@ -477,22 +478,24 @@ def template_ids(tokenizer: Tokenizer, prompt: Prompt, policy: Policy) -> list[i
 def prompt_ids(
     tokenizer: Tokenizer, prompt: Prompt, place: str | None = None
 ) -> list[int]:
-    """A prompt's ids; with one of PLACES there is a PLACE at each of the user's words.
+    """A prompt's ids; with a place of PLACES there is a SLOT in each user's turn.
 
     Differs from the paper, which writes [z_S, x] and does not speak of chat templates:
-    x is what the user says, so the tokens stand inside the turn, and in a chat in each;
-    "before" it as there, or "after" it.
+    x is what the user says, so the tokens stand inside the turn, and in a chat in each.
+    "before" x is the paper's place. "after" it SmolLM2 learned more from 27,000 tasks
+    than from 70,000; the embedded backbone, pretrained on nothing there, less.
+
     An exported checkpoint has the same ids, since it has the same template. ValueError:
     the backbone's template drops the user's words, repeats them, or opens a thought.
     """
-    marked = with_mark(tokenizer, place)
+    marked = with_mark(tokenizer, place or "after")  # without: no SLOT either way
     ids = template_ids(marked, prompt, ["mosaic"] if place else [])
     if marked.decode(ids[-16:]).rstrip().endswith("<think>"):
         raise ValueError("the chat template has the model think aloud: take another")
     mark = marked.convert_tokens_to_ids(MARK)
     if place and ids.count(mark) != len(user_words(prompt)):
         raise ValueError(f"the chat template drops or repeats words: {prompt!r:.80}")
-    return [PLACE if i == mark else i for i in ids]
+    return [SLOT if i == mark else i for i in ids]
 
 
 def control_row(
@@ -523,19 +526,19 @@ def make_batch(
     for prompt, control, answer in rows:
         filled = []
         for i in prompt:
-            filled += [PLACE] * len(control) if i == PLACE else [i]
-        controls += [control] * prompt.count(PLACE)
+            filled += [SLOT] * len(control) if i == SLOT else [i]
+        controls += [control] * prompt.count(SLOT)
         ids.append(torch.tensor([*filled, *answer]))
         labels.append(torch.tensor([IGNORE] * len(filled) + [*answer]))
     ids = pad_sequence(ids, True, PAD, padding_side).to(model.device)  # (B, L)
     labels = pad_sequence(labels, True, IGNORE, padding_side).to(model.device)  # (B, L)
-    x = model.get_input_embeddings()(ids.clamp(min=0))  # (B, L, D); PLACE gets id 0
+    x = model.get_input_embeddings()(ids.clamp(min=0))  # (B, L, D); SLOT gets id 0
     if controls:
         flat = torch.cat(controls).to(x)  # (sum of r*M, D), fp32 -> backbone's dtype
         assert flat.shape[1] == x.shape[2], f"tokens {flat.shape}, backbone {x.shape}"
-        x = x.index_put((ids == PLACE).nonzero(as_tuple=True), flat)  # row by row
+        x = x.index_put((ids == SLOT).nonzero(as_tuple=True), flat)  # row by row
     mask = ids != PAD  # (B, L)
-    # For a forward of rows padded on the left: GPT-2 would count the padding, silently.
+    # For a left-padded forward of your own: GPT-2 would count the padding, silently.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, L)
     inputs = {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions}
     return inputs, labels
@@ -631,7 +634,7 @@ def generate_ids(
         # Given a slice of the states, a CPU would copy the head's weight for every row
         # in bf16, at hundreds of times the cost (pytorch/pytorch#151934).
         with head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),)):
-            out = greedy.generate(**inputs, streamer=streamer).tolist()  # what is new
+            out = greedy.generate(**inputs, streamer=streamer).tolist()  # the new ids
         for i, ids in zip(chosen, out):
             ended = [t for t, token in enumerate(ids, 1) if token in ends]
             answers[i] = ids[: ended[0]] if ended else ids
@@ -656,8 +659,8 @@ def generate(
         tokens.check(model)
     elif any(policies):
         raise ValueError("a policy needs a table of control tokens")
-    pairs = zip(prompts, policies, strict=True)
-    rows = [control_row(tokenizer, tokens, s, p) for p, s in pairs]
+    rows = [control_row(tokenizer, tokens, policy, prompt)
+            for prompt, policy in zip(prompts, policies, strict=True)]
     answers = generate_ids(model, tokenizer, rows, max_new_tokens, **options)
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
@@ -688,7 +691,7 @@ COURTESY = "sorry|apolog|unfortunately|thank|as an|i('m| am| understand| appreci
 
 
 def plain(text: str) -> str:
-    """Text as the tables are written: no thought, marks, adverbs or short forms."""
+    """Text as those lines are written: no thought, marks, adverbs or short forms."""
     text = text.rpartition("</think>")[2].lower().replace("\u2019", "'")
     text = text.replace("won't", "will not").replace("can't", "can not")
     text = text.replace("cannot", "can not").replace("n't", " not")
@@ -708,7 +711,7 @@ def is_refusal(answer: str, refusal: str = REFUSAL) -> bool:
     cut_short = enough and goal.startswith(said)
     if said.startswith(goal) or cut_short:
         return bool(said)
-    openings, help_ = (table.strip().replace("\n", "|") for table in (OPENINGS, HELP))
+    openings, help_ = (lines.strip().replace("\n", "|") for lines in (OPENINGS, HELP))
     # The first sentence, or the one after courtesies, up to a colon or a quote: what
     # stands there, or in a letter ("Dear ..."), is said in another's voice.
     part = r'((?!dear )[^.!?:"“])*'
@@ -855,7 +858,7 @@ class TrainConfig:
     # is decided, and of the others. They become 1 over the last third of training.
     first_weight: float = 3.0
     later_weight: float = 0.3
-    positives_per_subset: int = 100  # an order: at most this times trainable categories
+    positives_per_subset: int = 100  # of an order, at most, times trainable categories
     negatives_per_positive: float = 1.0
     batch_size: int = 16  # tasks in a step; the paper does not say
     answer_tokens: int = 16  # Differs from the paper (256): cut of reference answers
@@ -887,7 +890,7 @@ class Reference(Request):
     """A request with its prompt's ids and the untouched backbone's own answer."""
 
     bare: tuple[int, ...] = ()  # without control tokens: what the teacher reads
-    placed: tuple[int, ...] = ()  # the same with PLACE in it, at one of PLACES
+    placed: tuple[int, ...] = ()  # the same prompt with SLOT, at one of PLACES
     answer: tuple[int, ...] = ()
     text: str = ""
 
@@ -956,7 +959,7 @@ def refusal_ids(model: Model, tokenizer: Tokenizer, refusal: str) -> list[int]:
     ending = end_ids(model, tokenizer)
     if not ending:
         raise ValueError("nothing ends an answer: set tokenizer.eos_token")
-    # As the template has it in a chat: behind other text words may begin otherwise.
+    # Split behind its prompt, as in a chat: alone, words may begin otherwise.
     start = prompt_ids(tokenizer, "?")
     whole = tokenizer(before + refusal, add_special_tokens=False)["input_ids"]
     if whole[: len(start)] != start:  # it does not keep all that an answer begins with
@@ -968,10 +971,8 @@ def task_rows(
     tokens: ControlTokens, tasks: list[Task], refusal: list[int], rng: random.Random
 ) -> list[Row]:
     """What the model reads and should say, a row per task, each under its policy."""
-    prompts = [task.request.placed for task in tasks]
-    controls = [tokens.compose(task.policy, rng) for task in tasks]
-    answers = [refusal if task.refuse else task.request.answer for task in tasks]
-    return [*map(Row, prompts, controls, answers)]
+    return [Row(task.request.placed, tokens.compose(task.policy, rng),
+                refusal if task.refuse else task.request.answer) for task in tasks]
 
 
 def answer_weights(rows: list[Row], config: TrainConfig, progress: float) -> Tensor:
@@ -991,7 +992,7 @@ def batch_losses(
 
     Each loss is summed over its tasks and divided by the number of all tasks. The
     shares: of active and of other requests, those whose answer's first token would be
-    the refusal's.
+    the refusal's; NaN of none.
     """
     logits, labels = answer_logits(model, rows)  # (N, V), (N,)
     lengths = torch.tensor([len(row.answer) for row in rows]).to(labels)  # (B,)
@@ -1064,7 +1065,7 @@ def train(
     requests: Sequence[Request], config: TrainConfig = TrainConfig(),
     references: Sequence[Reference] | None = None, checkpoint: str | None = None,
 ) -> list[dict[str, float]]:
-    """Train the table in place on the "train" split; returns the means of each epoch.
+    """Train the table itself on the "train" split; returns the means of each epoch.
 
     They are the three losses, and of active and of other requests the share whose first
     token would be the refusal's: if both rise together, all is declined. The backbone
@@ -1090,7 +1091,7 @@ def train(
             model, tokenizer, requests, config, sentence, place)
     for one in references[:1]:
         if [*one.placed] != prompt_ids(tokenizer, one.prompt, place):
-            raise ValueError(f"references of another place than {place!r}, or prompt")
+            raise ValueError(f"references of another place than {place!r}, or template")
     vectors = [vector.tolist() for vector in tokens.vectors]
     start = [config, fingerprint(model), refusal, tokens.trainable, vectors, references]
     run = hashlib.sha256(repr(start).encode()).hexdigest()  # all that decides the run
@@ -1146,15 +1147,15 @@ def evaluate(
     """DSR, OR and near-miss OR per order, over all its subsets or a seeded sample.
 
     `respond(prompts, policies)` gives the answers, so that anything can be measured
-    alike: `lambda p, s: generate(model, tokenizer, tokens, p, s)`. DSR, up: share
+    alike: `lambda p, s: generate(model, tokenizer, tokens, p, s, 16)`. DSR, up: share
     refused of requests of an active category. OR, down: share refused of inactive
     categories' and neutral requests. Near misses, down, apart, whichever category they
-    sound like. Each as in `share`. Leave out the requests that the backbone declines by
-    itself, and those of other splits. ValueError: an order no policy has.
+    sound like. Each as in `share`. The caller leaves out the requests that the backbone
+    declines by itself, and those of other splits. ValueError: an order no policy has.
 
     Differs from the paper, which has no near misses and whose judge is a model that
     reads a whole answer. The default judge is rules, which know REFUSAL and English: a
-    table with another sentence needs another.
+    table with another sentence needs another judge.
     """
     results = []
     for r in orders:
@@ -1222,9 +1223,9 @@ def export_checkpoint(
         raise ValueError(f"{folder} exists, or the tokenizer has such tokens already")
     if any("_orig_mod." in name for name, _ in model.named_parameters()):
         raise ValueError("parts of the model are compiled: export the plain one")
-    plain = all(w.is_floating_point() and w.itemsize > 1
-                for w in model.state_dict().values())
-    if getattr(model, "hf_quantizer", None) and not plain:  # a GGUF file's are plain
+    unpacked = all(w.is_floating_point() and w.itemsize > 1
+                   for w in model.state_dict().values())  # a GGUF file's weights are
+    if getattr(model, "hf_quantizer", None) and not unpacked:
         raise ValueError("the model is quantized: export the one it was made of")
     tokens.check(model)
     exported = with_policies(tokenizer, names, tokens.made_for["place"])
@@ -1241,7 +1242,7 @@ def export_checkpoint(
     settings.to_json_file(f"{part}/generation_config.json")
     prompt = "Odds of 7/2?"
     placed = prompt_ids(tokenizer, prompt, tokens.made_for["place"])  # as in training
-    wanted = [j for i in placed for j in (ids if i == PLACE else [i])]
+    wanted = [j for i in placed for j in (ids if i == SLOT else [i])]
     saved = AutoTokenizer.from_pretrained(part)  # some tokenizers change class
     read = template_ids(saved, prompt, tokens.categories)
     if read != wanted:

@@ -282,7 +282,7 @@ def fits(model, tokenizer, tokens: ControlTokens | None, prompt, answer: int) ->
     """Whether a prompt under all categories at once and an answer fit the model."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)
     ids = mosaic.prompt_ids(tokenizer, prompt, tokens and tokens.made_for["place"])
-    more = ids.count(mosaic.PLACE) * sum(map(len, tokens.vectors)) if tokens else 0
+    more = ids.count(mosaic.SLOT) * sum(map(len, tokens.vectors)) if tokens else 0
     return len(ids) + more + answer <= longest
 
 

@@ -193,7 +193,7 @@ def test_a_prefix_that_was_read_before_changes_neither_loss_nor_gradient(tokeniz
     model = tiny_model("llama", tokenizer).eval().requires_grad_(False)
     tokens = ControlTokens.for_model(model, tokenizer, CATEGORIES, 3)
     long, short = refusal_row(tokenizer, tokens), mosaic.prompt_ids(tokenizer, "Hello?")
-    cut = long.prompt.index(mosaic.PLACE)
+    cut = long.prompt.index(mosaic.SLOT)
     assert cut > 1 and short[:cut] == long.prompt[:cut]
 
     def found(reader, cut):
@@ -214,7 +214,7 @@ def test_policies_read_once_for_all_rows_change_neither_loss_nor_gradient(tokeni
     controls = [tokens.compose(CATEGORIES[:2]), tokens.compose(CATEGORIES[1:3])]
     placed = [mosaic.prompt_ids(tokenizer, prompt, "before") for prompt in words]
     bare = mosaic.prompt_ids(tokenizer, "Hello?")
-    cut = placed[0].index(mosaic.PLACE)
+    cut = placed[0].index(mosaic.SLOT)
 
     def found(reader, rows, teacher):
         logits, _ = mosaic.answer_logits(reader, rows)
@@ -238,7 +238,7 @@ def test_words_read_once_change_neither_loss_nor_gradient(tokenizer):
     controls = [tokens.compose(CATEGORIES[:n]) for n in (2, 1, 3, 2)]
     placed = [mosaic.prompt_ids(tokenizer, prompt, "after") for prompt in words]
     bare = mosaic.prompt_ids(tokenizer, "Hello?")
-    at = [ids.index(mosaic.PLACE) for ids in placed]
+    at = [ids.index(mosaic.SLOT) for ids in placed]
 
     def found(reader, starts, cut=0):
         rows = [Row(ids[i:], control, [7, 8])
@@ -336,7 +336,7 @@ def test_a_run_with_control_tokens_after_the_words_answers_with_them_there(
 
     def noted(model, rows, side):
         prompts = [row.prompt for row in rows if row.control is not None]
-        ends[side] |= {(*ids[ids.index(mosaic.PLACE):],) for ids in prompts}
+        ends[side] |= {(*ids[ids.index(mosaic.SLOT):],) for ids in prompts}
         return make_batch(model, rows, side)
 
     monkeypatch.setattr(mosaic, "make_batch", noted)
@@ -465,7 +465,7 @@ def test_the_fuzz_notices_tokens_in_another_place(small, monkeypatch):
 
     def elsewhere(tokenizer, prompt, place=None):
         ids = real(tokenizer, prompt)
-        return [mosaic.PLACE, *ids] if place else ids
+        return [mosaic.SLOT, *ids] if place else ids
 
     monkeypatch.setattr(mosaic, "prompt_ids", elsewhere)
     with pytest.raises(AssertionError):

@@ -368,7 +368,7 @@ def test_control_tokens_that_are_typed_anywhere_are_only_text(tokenizer, reader)
 
 def test_categories_may_have_any_name(model, tokenizer, tmp_path, out):
     names = ["hate speech", 'größe "x"', "it's", "賭博", "a:0", "🍺"]
-    names += ["AFTER TEMPLATE", "{{ x }}", "CONTENT", "PLACED", "back\\slash"]
+    names += ["AFTER TEMPLATE", "{{ x }}", "CONTENT", "WITH_CONTROL", "back\\slash"]
     tokens = ControlTokens.for_model(model, tokenizer, names, 2)
     tokens.save(tmp_path / "t")
     assert ControlTokens.load(tmp_path / "t", model).categories == names

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import mosaic
-from mosaic import MARK, NEUTRAL, PLACE, ControlTokens, Request, TrainConfig
+from mosaic import MARK, NEUTRAL, SLOT, ControlTokens, Request, TrainConfig
 
 PROMPTS = [
     "What goes in a Negroni?", "My dog barks at the postman, what helps?", "Odds?"
@@ -254,8 +254,8 @@ def turns(*words, system=None):
 
 
 def filled(placed, own):
-    """Ids with `own` wherever PLACE stood."""
-    return [i for token in placed for i in (own if token == PLACE else [token])]
+    """Ids with `own` wherever SLOT stood."""
+    return [i for token in placed for i in (own if token == SLOT else [token])]
 
 
 CHATS = {  # the last words, without blanks, are always "Odds?"
@@ -281,13 +281,13 @@ def test_control_tokens_stand_right_at_all_that_the_user_says(manner, chat, plac
         assert tokenizer.decode(bare) == TEMPLATES[manner][2].format("Odds?")
         assert bare.count(tokenizer.bos_token_id) == TEMPLATES[manner][1]
     said = [m["content"] for m in mosaic.as_messages(chat) if m["role"] == "user"]
-    at = [i for i, token in enumerate(placed) if token == PLACE]
+    at = [i for i, token in enumerate(placed) if token == SLOT]
     for i, words in zip(at, said, strict=True):
         side = placed[i:] if place == "before" else placed[:i]
-        side = tokenizer.decode([token for token in side if token != PLACE])
+        side = tokenizer.decode([token for token in side if token != SLOT])
         meets = side.startswith if place == "before" else side.endswith
         assert meets(words.strip())
-    text = tokenizer.decode([token for token in placed if token != PLACE])
+    text = tokenizer.decode([token for token in placed if token != SLOT])
     trimmed = " \n Odds?" if place == "before" else "Odds?  "
     assert text == tokenizer.decode(bare).replace(trimmed, "Odds?")
 
@@ -301,7 +301,7 @@ def test_what_stands_before_the_tokens_is_the_same_ids_under_every_policy():
         mosaic.control_row(tokenizer, tokens, policy, chat)
         for policy in ((), ("alcohol",), CATEGORIES)
     ]
-    start = rows[1].prompt.index(PLACE)
+    start = rows[1].prompt.index(SLOT)
     read = [
         mosaic.make_batch(model, [row], "left")[0]["inputs_embeds"][0] for row in rows
     ]
@@ -318,7 +318,7 @@ def test_a_chat_under_one_policy_only_grows_so_that_an_engine_keeps_its_cache(pl
     before = []
     for n in (2, 4, 6):
         ids = mosaic.prompt_ids(tokenizer, chat[:n], place)
-        assert ids[: len(before)] == before and ids.count(PLACE) == n / 2
+        assert ids[: len(before)] == before and ids.count(SLOT) == n / 2
         before = ids
 
 
@@ -429,9 +429,9 @@ def test_what_is_behind_the_tokens_is_split_in_training_as_in_an_export(
     mosaic.export_checkpoint(model, tokenizer, tokens, tmp_path / "out")
     served = AutoTokenizer.from_pretrained(tmp_path / "out")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = [i for i in mosaic.prompt_ids(tokenizer, "Odds?", place) if i != PLACE]
+    ids = [i for i in mosaic.prompt_ids(tokenizer, "Odds?", place) if i != SLOT]
     same = ids == mosaic.prompt_ids(tokenizer, "Odds?")
-    alike = ["first", "never"] + ["llama"] * (place == "after")  # words come first there
+    alike = ["first", "never"] + ["llama"] * (place == "after")  # it begins with words
     assert same == (kind in alike)  # else not the bare ids with a hole
     for chat in (turns("Odds?"), turns("Hi", "Hi.", " 7/2?")):
         ids = served.apply_chat_template(
@@ -457,7 +457,7 @@ def test_a_tokenizer_that_is_changed_is_read_anew():
     assert len(mosaic.prompt_ids(tokenizer, "<|new|>")) > 5
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
     new = tokenizer.convert_tokens_to_ids("<|new|>")
-    assert mosaic.prompt_ids(tokenizer, "<|new|>", "before")[2:4] == [PLACE, new]
+    assert mosaic.prompt_ids(tokenizer, "<|new|>", "before")[2:4] == [SLOT, new]
 
 
 def test_a_refusal_behind_other_text_is_split_as_the_template_splits_it():
@@ -470,5 +470,5 @@ def test_a_refusal_behind_other_text_is_split_as_the_template_splits_it():
 
 def test_the_mark_that_finds_the_place_leaves_the_tokenizer_as_it_was(tokenizer):
     before = len(tokenizer)
-    assert PLACE in mosaic.prompt_ids(tokenizer, "Odds?", "after")
+    assert SLOT in mosaic.prompt_ids(tokenizer, "Odds?", "after")
     assert len(tokenizer) == before and MARK not in tokenizer.get_vocab()

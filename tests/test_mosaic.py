@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import mosaic
 from mosaic import (
-    IGNORE, NEUTRAL, PLACE, REFUSAL, ControlTokens, OrderSampler, Reference, Request,
+    IGNORE, NEUTRAL, SLOT, REFUSAL, ControlTokens, OrderSampler, Reference, Request,
     Row, Task, TrainConfig,
 )
 
@@ -53,7 +53,7 @@ def embedded(model, row):
     """(L, D): what the model should read, put together by hand."""
     embed, parts = model.get_input_embeddings(), []
     for i in (*row.prompt, *row.answer):
-        parts.append(row.control if i == PLACE else embed(torch.tensor([i])))
+        parts.append(row.control if i == SLOT else embed(torch.tensor([i])))
     return torch.cat(parts)
 
 
@@ -312,7 +312,7 @@ def test_control_tokens_stand_at_their_place_and_padding_only_at_one_side(
     model, tokenizer, tokens, side
 ):
     rows = rows_of(tokenizer, tokens)
-    assert [PLACE in row.prompt for row in rows] == [True, False, True]
+    assert [SLOT in row.prompt for row in rows] == [True, False, True]
     inputs, labels = mosaic.make_batch(model, rows, side)
     x, mask, positions = inputs.values()  # (B, L, D), (B, L), (B, L)
     for i, row in enumerate(rows):
@@ -378,9 +378,9 @@ def test_gradients_in_bf16_are_finite_and_those_of_fp32(device, length, tokenize
     model.requires_grad_(False)
     tokens = ControlTokens.for_model(model, tokenizer, ["alcohol"], 8).to(device)
     answer = [9, 8, 7, 6]
-    fill = length - len(answer) - 7  # one of the eight stands where PLACE did
+    fill = length - len(answer) - 7  # one of the eight stands where SLOT did
     rows = [
-        Row([*range(100, 100 + n), PLACE, 40, 41], tokens.vectors[0], answer)
+        Row([*range(100, 100 + n), SLOT, 40, 41], tokens.vectors[0], answer)
         for n in (fill - 3, 20)
     ]
     found = []
@@ -785,7 +785,7 @@ def test_a_table_is_trained_and_used_where_it_was_made_for(
 
     def noted(model, rows, side):
         placed = [row.prompt for row in rows if row.control is not None]
-        read.update(tokenizer.decode(row[: row.index(PLACE)])[-9:] for row in placed)
+        read.update(tokenizer.decode(row[: row.index(SLOT)])[-9:] for row in placed)
         return make_batch(model, rows, side)
 
     monkeypatch.setattr(mosaic, "make_batch", noted)
@@ -885,9 +885,9 @@ def test_a_share_of_the_requests_comes_again_in_a_later_turn(
             model, tokenizer, [by_words[first["content"]]], QUICK.answer_tokens
         )
         assert answer["content"] == before.text
-        at = [i for i, token in enumerate(again.placed) if token == PLACE]
+        at = [i for i, token in enumerate(again.placed) if token == SLOT]
         for i, turn in zip(at, (first, last), strict=True):
-            said = [token for token in again.placed[:i] if token != PLACE]
+            said = [token for token in again.placed[:i] if token != SLOT]
             assert tokenizer.decode(said).endswith(turn["content"])
 
 
@@ -1343,7 +1343,7 @@ def test_requests_with_a_system_message_train_evaluate_and_generate(
     )
     assert row["dsr"]["rate"] == row["over_refusal"]["rate"] == 1
     ids = mosaic.prompt_ids(tokenizer, seen[0][0], "after")
-    assert "help desk of Acme" in tokenizer.decode(ids[: ids.index(PLACE)])
+    assert "help desk of Acme" in tokenizer.decode(ids[: ids.index(SLOT)])
 
 
 @pytest.mark.slow
@@ -1477,5 +1477,5 @@ def test_the_mark_of_the_place_is_nothing_that_a_user_can_type(tokenizer):
              {"role": "user", "content": said}]
     for place in mosaic.PLACES:
         ids = mosaic.prompt_ids(tokenizer, turns, place)
-        assert ids.count(PLACE) == 2  # one in each of the user's turns
-        assert mosaic.prompt_ids(tokenizer, mosaic.MARK, place).count(PLACE) == 1
+        assert ids.count(SLOT) == 2  # one in each of the user's turns
+        assert mosaic.prompt_ids(tokenizer, mosaic.MARK, place).count(SLOT) == 1

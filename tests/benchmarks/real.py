@@ -444,15 +444,15 @@ class Job:
             return rows
         if self.args.place == "after":
             # One place for control tokens, or measure.py's order would not be ours.
-            assert all(row.prompt.count(mosaic.PLACE) == 1 for row in rows)
-            cuts = [row.prompt.index(mosaic.PLACE) for row in rows]
+            assert all(row.prompt.count(mosaic.SLOT) == 1 for row in rows)
+            cuts = [row.prompt.index(mosaic.SLOT) for row in rows]
             self.reader.read_words([row.prompt[:i] for i, row in zip(cuts, rows)])
             return [row._replace(prompt=row.prompt[i:]) for i, row in zip(cuts, rows)]
         policies = [*dict.fromkeys(task.policy for task in tasks)]
         controls = [self.tokens.compose(policy, rng) for policy in policies]
         turn = [policies.index(task.policy) for task in tasks]
         self.reader.read_policies(controls, turn)
-        assert all(row.prompt.index(mosaic.PLACE) == 0 for row in rows)
+        assert all(row.prompt.index(mosaic.SLOT) == 0 for row in rows)
         return [row._replace(prompt=row.prompt[1:], control=None) for row in rows]
 
     @torch.no_grad()
