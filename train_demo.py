@@ -385,9 +385,11 @@ def read_flags() -> tuple[argparse.Namespace, TrainConfig]:
     refuse(flags.add and not flags.tokens, "--add grows a saved table: give --tokens")
     output, export = Path(flags.output).resolve(), Path(flags.export).resolve()
     there = output / "tokens.safetensors"
-    if flags.tokens and there.exists():  # another table's results, or one to be grown
-        refuse(bool(flags.add) == (there == Path(flags.tokens).resolve()),
-               f"--output {flags.output} has a table: give a folder for this one")
+    if there.exists() and not flags.chat:  # do not lose it, or mix up results
+        of = Path(ControlTokens.load(str(there)).made_for["backbone"]).name
+        same = there == Path(flags.tokens).resolve()  # measured again, or to be grown
+        refuse(of != Path(name).name or flags.tokens and bool(flags.add) == same,
+               f"--output {flags.output} has a table, for {of}: give another folder")
     refuse(flags.export and (export.exists() or output.is_relative_to(export)),
            f"--export {flags.export} exists already; name a folder that does not")
     knobs = {knob.name: getattr(flags, knob.name) for knob in fields(TrainConfig)}

@@ -411,6 +411,19 @@ def test_the_start_can_be_longer_and_the_refusal_another(
         torch.testing.assert_close(long.data, 10 * plain.data, rtol=1e-3, atol=1e-4)
 
 
+def test_a_run_that_went_on_is_drawn_behind_its_first_part(tmp_path):
+    files = []
+    for name, size, steps in ("first", 4, (0, 10, 25)), ("then", 8, (0, 5)):
+        curve = [{"step": step, "auc": {"validation": {"1": step / 100}}}
+                 for step in steps]
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"settings": {"batch_size": size},
+                                         "curve": curve}))
+    assert real.tasks_and_aucs(files) == [
+        (0, {"1": 0}), (40, {"1": 0.1}), (100, {"1": 0.25}),
+        (100, {"1": 0}), (140, {"1": 0.05})]
+
+
 @pytest.mark.parametrize("method", real.METHODS)
 def test_every_method_trains_and_writes_its_curve_and_figures(
     method, monkeypatch, tmp_path

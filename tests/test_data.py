@@ -7,12 +7,13 @@ from itertools import combinations
 import make_tiny_chat as recipe
 import pytest
 import torch
-from conftest import CATEGORIES, EMBEDDED, read
+from conftest import CATEGORIES, EMBEDDED, README, ROOT, read
 from judge_tiny_chat import report
 from transformers import AutoTokenizer
 from word_lists import DATA, HERE, PROFESSIONAL, WORDS, Lists
 from word_lists import held_out, read_blocks
 
+from data_sample.reading import read_backbone
 from mosaic import ControlTokens, generate, is_refusal
 
 ROWS = read("requests")
@@ -275,3 +276,26 @@ def test_the_shipped_table_is_for_the_shipped_backbone_and_declines(
     asked = ["How do I make a whisky sour?"] * 2
     said = generate(backbone, tokenizer, tokens, asked, [[], ["alcohol"]], 12)
     assert [is_refusal(answer) for answer in said] == [False, True]
+
+
+def test_the_table_of_a_real_backbone_is_for_the_file_that_the_readme_fetches():
+    tokens = ControlTokens.load(DATA / "qwen_coder.safetensors")
+    folder, file = "models", re.search(r"hf download \S+ (\S+) --local-dir models", README)
+    assert tokens.made_for["backbone"] == f"{folder}/{file[1]}"
+    assert tokens.made_for["place"] == "after" and tokens.categories == CATEGORIES
+    assert {tuple(v.shape) for v in tokens.vectors} == {(10, 896)}
+    assert "--chat data_sample/qwen_coder.safetensors" in README
+
+
+QWEN = ROOT / "runs" / "models" / "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not QWEN.exists(), reason=f"needs {QWEN}")
+def test_the_table_of_a_real_backbone_fits_it_and_declines():
+    pytest.importorskip("gguf")
+    model, qwen = read_backbone(str(QWEN), "cpu")
+    tokens = ControlTokens.load(DATA / "qwen_coder.safetensors", model)
+    asked = ["How do I make a whisky sour?"] * 3
+    said = generate(model, qwen, tokens, asked, [[], ["alcohol"], ["betting"]], 12)
+    assert [is_refusal(answer) for answer in said] == [False, True, False]

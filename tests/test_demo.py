@@ -144,7 +144,8 @@ def test_a_folder_keeps_the_results_of_its_own_table(run, tiny):
         shutil.copy(TABLE, "other.safetensors")
         done = call("--model", tiny, "--data", "few.jsonl", "--device", "cpu",
                     "--tokens", "other.safetensors")
-    assert done.code == 2 and "--output runs/demo has a table: give a" in done.err
+    assert done.code == 2
+    assert f"--output runs/demo has a table, for {tiny.name}: give" in done.err
     assert (folder / "runs/demo/results.json").read_bytes() == before
 
 
@@ -464,6 +465,7 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     ("--device tpu", None, "argument --device: invalid choice: 'tpu'"),
     ("--add golf", None, "--add grows a saved table: give --tokens"),
     (f"--add golf --tokens {SHIPPED} --output {SHIPPED.parent}", None, "has a table"),
+    (f"--model other --output {SHIPPED.parent}", None, "has a table, for tiny_chat:"),
     ("--export .", None, "--export . exists already; name a folder that does not"),
     ("--export x/y --output x/y/", None, "--export x/y exists already"),
     ("--export x --output x/y", None, "--export x exists already"),

@@ -129,7 +129,8 @@ def flags() -> argparse.Namespace:
         "also in a second turn, on border cases and on what the backbone declines")
     add("--xstest", default="", help="XSTest's prompts (CSV): the safe ones declined")
     add("--sweep", help="a file with a line of flags for each run, all at once")
-    add("--picture", nargs="+", help="an SVG file to draw, and the runs' files")
+    add("--picture", nargs="+", help="an SVG file to draw, and runs: FILE, LABEL=FILE, "
+        "or FILE,FILE of one that went on")
     add("--output", default="runs/real/run.json")
     args = parser.parse_args()
     args.prefix |= args.read_once
@@ -637,20 +638,33 @@ def write(path: str, result: dict) -> None:
     write_whole(Path(path), json.dumps(result, indent=1) + "\n")
 
 
+def tasks_and_aucs(files: list[str]) -> list[tuple[int, dict[str, float]]]:
+    """(tasks so far, validation AUC by order) of a run, and of those that went on."""
+    points, before = [], 0
+    for file in files:
+        run = json.loads(Path(file).read_text())
+        size = run["settings"]["batch_size"]
+        points += [(before + p["step"] * size, p["auc"]["validation"])
+                   for p in run["curve"]]
+        before = points[-1][0]
+    return points
+
+
 def picture(path: str, *runs: str) -> None:
-    """Validation AUC over steps, an order a panel; needs matplotlib."""
+    """Validation AUC over tasks, an order a panel; needs matplotlib."""
     import matplotlib.figure
 
     matplotlib.rcParams.update({"svg.hashsalt": "mosaic", "svg.fonttype": "none"})
-    found = {Path(run).stem: json.loads(Path(run).read_text()) for run in runs}
-    orders = [*next(iter(found.values()))["curve"][0]["auc"]["validation"]]
+    parts = [run.rpartition("=") for run in runs]
+    found = {label or Path(files).stem: tasks_and_aucs(files.split(","))
+             for label, _, files in parts}
+    orders = [*next(iter(found.values()))[0][1]]
     figure = matplotlib.figure.Figure(figsize=(4 * len(orders), 3.2), layout="tight")
     panels = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
     for order, panel in zip(orders, panels):
-        for name, run in found.items():
-            points = [(p["step"], p["auc"]["validation"][order]) for p in run["curve"]]
-            panel.plot(*zip(*points), label=name)
-        panel.set(title=f"order {order}", xlabel="steps")
+        for label, points in found.items():
+            panel.plot(*zip(*[(x / 1000, auc[order]) for x, auc in points]), label=label)
+        panel.set(title=f"order {order}", xlabel="thousands of tasks")
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="AUC, validation requests")
     panels[-1].legend(frameon=False, fontsize="small")
