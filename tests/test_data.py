@@ -280,8 +280,8 @@ def test_the_shipped_table_is_for_the_shipped_backbone_and_declines(
 
 def test_the_table_of_a_real_backbone_is_for_the_file_that_the_readme_fetches():
     tokens = ControlTokens.load(DATA / "qwen_coder.safetensors")
-    folder, file = "models", re.search(r"hf download \S+ (\S+) --local-dir models", README)
-    assert tokens.made_for["backbone"] == f"{folder}/{file[1]}"
+    file = re.search(r"hf download \S+ (\S+) --local-dir models", README)[1]
+    assert tokens.made_for["backbone"] == f"models/{file}"
     assert tokens.made_for["place"] == "after" and tokens.categories == CATEGORIES
     assert {tuple(v.shape) for v in tokens.vectors} == {(10, 896)}
     assert "--chat data_sample/qwen_coder.safetensors" in README

@@ -663,7 +663,8 @@ def picture(path: str, *runs: str) -> None:
     panels = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
     for order, panel in zip(orders, panels):
         for label, points in found.items():
-            panel.plot(*zip(*[(x / 1000, auc[order]) for x, auc in points]), label=label)
+            drawn = [(tasks / 1000, auc[order]) for tasks, auc in points]
+            panel.plot(*zip(*drawn), label=label)
         panel.set(title=f"order {order}", xlabel="thousands of tasks")
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="AUC, validation requests")
