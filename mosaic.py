@@ -482,8 +482,8 @@ def prompt_ids(
 
     Differs from the paper, which writes [z_S, x] and does not speak of chat templates:
     x is what the user says, so the tokens stand inside the turn, and in a chat in each.
-    "before" x is the paper's place; "after" it SmolLM2 and Qwen2.5-Coder-0.5B took a
-    third of the tasks; the embedded backbone, pretrained on nothing there, learns less.
+    "before" x is the paper's place; "after" it SmolLM2 and Qwen2.5-Coder-0.5B learned
+    faster; the embedded backbone, pretrained on nothing there, learns less.
 
     An exported checkpoint has the same ids, since it has the same template. ValueError:
     the backbone's template drops the user's words, repeats them, or opens a thought.
