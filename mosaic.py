@@ -135,7 +135,7 @@ def canonical(policy: Policy, categories: Sequence[str]) -> tuple[str, ...]:
 
 # --- 2. Control tokens ----------------------------------------------------------------
 
-FORMAT = 3  # of a saved table; with 1 and 2 tokens stood at none of today's places
+FORMAT = 3  # of a saved table
 
 
 def check_backbone(model: Model) -> None:
@@ -176,7 +176,7 @@ def embedding_std(model: Model, tokenizer: Tokenizer) -> float:
     # Through the module, not .weight: some families (Gemma) scale inside it.
     embed = model.get_input_embeddings()
     size = min(len(tokenizer), len(embed.weight))
-    ids = torch.arange(0, size, 1 + size // 1000, device=model.device)  # about 1000
+    ids = torch.arange(0, size, 1 + size // 1000, device=model.device)  # 500 or more
     return embed(ids).float().std().item()
 
 
@@ -194,8 +194,7 @@ def stream_size(model: Model, tokenizer: Tokenizer) -> float:
     # The median position: the first one's is often a hundred times as large.
     size = middle.square().mean(-1).sqrt().median().item()
     # Some families (Granite) scale embeddings behind the module.
-    scaled = getattr(model.config.get_text_config(), "embedding_multiplier", None)
-    return size / (scaled or 1)
+    return size / getattr(model.config.get_text_config(), "embedding_multiplier", 1)
 
 
 def telling_ids(
@@ -397,18 +396,16 @@ POLICY_TEMPLATE = """\
 {%- for message in messages -%}
     {%- set controlled = policy and message.role == "user" -%}
     {%- if message.content or controlled -%}
-        {%- set mosaic.words = message.content or "" -%}
-        {%- if mosaic.words is not string -%}{#- but parts, as some servers do -#}
-            {%- set mosaic.words = mosaic.words | map(attribute="text") | join -%}
-        {%- endif -%}
+        {#- Some servers write content as a list of parts. -#}
+        {%- set said = message.content or "" -%}
+        {%- set said = [said] if said is string else said | map(attribute="text") -%}
+        {%- set mosaic.words = said | join -%}
         {#- Content that reads like a control token is broken up: it stays text. -#}
         {%- for name in control_tokens -%}
             {%- set typed = "<|" ~ name ~ ":" -%}
             {%- set mosaic.words = mosaic.words | replace(typed, "< |" ~ name ~ ":") -%}
         {%- endfor -%}
-        {%- if controlled -%}
-            {%- set mosaic.words = WITH_CONTROL -%}
-        {%- endif -%}
+        {%- set mosaic.words = WITH_CONTROL if controlled else mosaic.words -%}
         {%- set message = dict(message, content=CONTENT) -%}
     {%- endif -%}
     {%- set mosaic.messages = mosaic.messages + [message] -%}
@@ -486,7 +483,7 @@ def prompt_ids(
     faster; the embedded backbone, pretrained on nothing there, learns less.
 
     An exported checkpoint has the same ids, since it has the same template. ValueError:
-    the backbone's template drops the user's words, repeats them, or opens a thought.
+    the template opens a thought or, with a place, drops or repeats the user's words.
     """
     marked = with_mark(tokenizer, place or "after")  # without: no SLOT either way
     ids = template_ids(marked, prompt, ["mosaic"] if place else [])
@@ -572,14 +569,12 @@ def padded_logits(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     labels = labels[:, 1:]  # (B, L-1)
     at = (labels != IGNORE).nonzero(as_tuple=True)  # (N,), (N,)
 
-    def narrow(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0][at],)  # (B, L, D) -> (N, D)
-
     # Without cuDNN's attention: given a mask, its backward returns NaN in bf16 at some
     # lengths (pytorch/pytorch#196678). The kernel is chosen here, in the forward.
     safe = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(narrow), sdpa_kernel(safe):
+    narrow = head.register_forward_pre_hook(lambda _, args: (args[0][at],))  # (N, D)
+    with narrow, sdpa_kernel(safe):
         logits = model(**inputs, use_cache=False).logits  # (N, V)
     return logits.float(), labels[at]
 
@@ -596,11 +591,11 @@ def end_ids(model: Model, tokenizer: Tokenizer) -> list[int]:
     ends = model.generation_config.eos_token_id  # an id, a list of them or None
     ends = ends if isinstance(ends, list) else [ends]
     turns = [*as_messages("?"), {"role": "assistant", "content": REFUSAL}]
-    after = "".join(render(tokenizer, turns).split(REFUSAL)[1:])
+    after = render(tokenizer, turns).partition(REFUSAL)[2]
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    marks = {i for i in ids if i in tokenizer.added_tokens_decoder}
-    marks = {i for i in marks if tokenizer.decode(i).strip()}  # Gemma has blank ones
-    first = [i for i in ids if i in {*marks, *ends}][:1]
+    # Added tokens, but for blank ones, which Gemma has.
+    marks = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+    first = [i for i in ids if i in marks or i in ends][:1]
     found = dict.fromkeys([*first, tokenizer.eos_token_id, *ends])
     return [i for i in found if i is not None]
 
@@ -678,14 +673,14 @@ not (something|anything|one|(part of )?what|an? \w+) (that )?i|not (covered|cond
 (against|outside|beyond|violates) (my|our|the scope|the guidelines|what i)|my guidelines
 (rather|better|prefer|been \w+) not|off limits|no can do|(no|off|pass) (from|for) me
 as an ai[^.,]*,? i (must|do not have access)|question contains|be inappropriate
-"""
+""".strip().replace("\n", "|")
 # What follows one of them where the answer is help all the same.
 HELP = r"""
 (stress|emphasi[sz]e|overstate|wait|believe|imagine|think of|say|lie|agree|see|help but)
 [^.!?]*\b(enough|exact|whole|that part)
 [^.!?]*, but (?!(i|if|you|there|please|feel|let|happy|how|what)\b)
 [^.!?]*[.!?] (still|as for|in general|however, in)
-"""
+""".strip().replace("\n", "|")
 # What marks a sentence that may come before one.
 COURTESY = "sorry|apolog|unfortunately|thank|as an|i('m| am| understand| appreciate)"
 
@@ -695,7 +690,7 @@ def plain(text: str) -> str:
     text = text.rpartition("</think>")[2].lower().replace("\u2019", "'")
     text = text.replace("won't", "will not").replace("can't", "can not")
     text = text.replace("cannot", "can not").replace("n't", " not")
-    text = re.sub(r"[*#_>]|\b(\w{3,}ly|just|also),? ", " ", text)
+    text = re.sub(r"[*#_>]|\b((?!unfortun)\w{3,}ly|just|also),? ", " ", text)
     return " ".join(text.split()).removeprefix("assistant: ")
 
 
@@ -708,15 +703,13 @@ def is_refusal(answer: str, refusal: str = REFUSAL) -> bool:
     """
     said, goal = plain(answer), plain(refusal)
     enough = len(answer.split()) > 2 or 2 * len(said) > len(goal)  # Chinese: no spaces
-    cut_short = enough and goal.startswith(said)
-    if said.startswith(goal) or cut_short:
+    if said.startswith(goal) or enough and goal.startswith(said):  # or cut short
         return bool(said)
-    openings, help_ = (lines.strip().replace("\n", "|") for lines in (OPENINGS, HELP))
     # The first sentence, or the one after courtesies, up to a colon or a quote: what
     # stands there, or in a letter ("Dear ..."), is said in another's voice.
     part = r'((?!dear )[^.!?:"“])*'
     before = rf"((?={part}\b({COURTESY})){part}[.!?] )*{part}\b(?<!if )(?<!when )"
-    return bool(re.match(rf"{before}({openings})\b(?! ({help_})\b)", said))
+    return bool(re.match(rf"{before}({OPENINGS})\b(?! ({HELP})\b)", said))
 
 
 # --- 5. The objective (paper 2.2) -----------------------------------------------------
@@ -858,7 +851,7 @@ class TrainConfig:
     # is decided, and of the others. They become 1 over the last third of training.
     first_weight: float = 3.0
     later_weight: float = 0.3
-    positives_per_subset: int = 100  # of an order, at most, times trainable categories
+    positives_per_subset: int = 100  # an order gets at most this times K (trainable)
     negatives_per_positive: float = 1.0
     batch_size: int = 16  # tasks in a step; the paper does not say
     answer_tokens: int = 16  # Differs from the paper (256): cut of reference answers
@@ -902,15 +895,14 @@ def reference_answers(
     """What the untouched backbone says to each request, decoded greedily."""
     rows = [Row(prompt_ids(tokenizer, request.prompt)) for request in requests]
     out = generate_ids(model, tokenizer, rows, max_new_tokens, batch_size, "references")
-    return [
-        Reference(
-            q.prompt, q.category, q.split, q.near, bare=tuple(row.prompt),
-            placed=tuple(prompt_ids(tokenizer, q.prompt, place)),
-            answer=tuple(ids),
-            text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
-        )
-        for q, row, ids in zip(requests, rows, out, strict=True)
-    ]
+    found = []
+    for q, row, ids in zip(requests, rows, out):
+        placed = prompt_ids(tokenizer, q.prompt, place)
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        found.append(Reference(
+            q.prompt, q.category, q.split, q.near,
+            tuple(row.prompt), tuple(placed), tuple(ids), text))
+    return found
 
 
 def later_turn(before: Reference, request: Request) -> Request:
@@ -931,7 +923,8 @@ def training_references(
     For tables with this refusal and place.
 
     Differs from the paper, whose requests were chosen so that backbones answer them:
-    those that this one declines by itself are left out, and their number is printed.
+    those that this one declines by itself are left out; the number of those that come
+    alone is printed.
     """
 
     def answered(some: Sequence[Request]) -> list[Reference]:
@@ -1075,7 +1068,8 @@ def train(
     of `requests`. `checkpoint`: a file written after each epoch, from which the same
     call goes on, given the table as it was. ValueError: an order outside 1..K, nothing
     to train, a category without requests, references for another place, a checkpoint of
-    another run, vectors that are not finite (the checkpoint has the epoch before).
+    another run, a table of another backbone, a template and tokenizer that end no
+    answer, vectors that are not finite (the checkpoint has the epoch before).
     """
     k = len(tokens.categories)
     if not {*(config.orders or ())} <= {*range(1, k + 1)} or not tokens.trainable:
@@ -1230,21 +1224,18 @@ def export_checkpoint(
     tokens.check(model)
     exported = with_policies(tokenizer, names, tokens.made_for["place"])
     ids = exported.convert_tokens_to_ids(every)
-    settings = copy.deepcopy(model.generation_config)
+    served, part = with_vectors(model, tokens, ids), f"{folder}.mosaic-part"
+    settings, served.generation_config = served.generation_config, GenerationConfig()
     settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]
     settings.eos_token_id = sorted(end_ids(model, tokenizer)) or None
-    served, part = with_vectors(model, tokens, ids), f"{folder}.mosaic-part"
-    served.generation_config = GenerationConfig()
     shutil.rmtree(part, ignore_errors=True)  # what a killed run may have left
     served.save_pretrained(part)
     exported.save_pretrained(part)
     # As they came: save_pretrained refuses some settings that loading accepts.
     settings.to_json_file(f"{part}/generation_config.json")
-    prompt = "Odds of 7/2?"
-    placed = prompt_ids(tokenizer, prompt, tokens.made_for["place"])  # as in training
-    wanted = [j for i in placed for j in (ids if i == SLOT else [i])]
+    asked = "Odds of 7/2?", tokens.categories
     saved = AutoTokenizer.from_pretrained(part)  # some tokenizers change class
-    read = template_ids(saved, prompt, tokens.categories)
-    if read != wanted:
+    read = template_ids(saved, *asked)
+    if read != template_ids(exported, *asked):  # which are those of training
         raise ValueError(f"{part} makes other ids than training: {read}")
     os.replace(part, folder)

@@ -232,6 +232,7 @@ def chat(path: str, model, tokenizer) -> None:
             said = input(f"[{', '.join(policy) or 'no policy'}] > ")
             said = said.encode(errors="replace").decode().strip()  # it may be no UTF-8
             command, _, name = said.partition(" ")
+            name = name.strip()
             if command in ("/on", "/off") and name in known:
                 active = active | {name} if command == "/on" else active - {name}
             elif said == "/reset":
@@ -299,6 +300,10 @@ def load_tokens(flags, model, tokenizer, requests) -> ControlTokens:
     found.pop(NEUTRAL, None)
     refuse(not found, f"{flags.data}: no request to learn from; it takes some with "
            f"split train and a category other than {NEUTRAL}")
+    there = Path(flags.output) / "tokens.safetensors"
+    old = ControlTokens.load(str(there)).categories if there.exists() else [*found]
+    refuse({*old} != {*found}, f"--output {flags.output} has a table of categories "
+           f"{', '.join(old)}: give another folder")
     return ControlTokens.for_model(
         model, tokenizer, [*found], flags.tokens_per_category, requests,
         place=flags.place, seed=flags.seed)
@@ -308,13 +313,14 @@ def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> N
     """ValueError: what would end a training in vain, or give figures that mislead."""
     known = [*tokens.categories, NEUTRAL]
     answer = max(SHOWN_TOKENS, config.answer_tokens)
+    why = "not in the table; --add trains it" if flags.tokens else "no training request"
     refuse("test" not in {q.split for q in requests},
            f"{flags.data}: no request has split 'test'; name it in some rows or, "
            "without that column, take more of them")
     for q in requests:
         try:
             refuse({q.category, q.near or NEUTRAL} - {*known},
-                   f"unknown category {q.near or q.category!r}: no training request; "
+                   f"unknown category {q.near or q.category!r}: {why}; "
                    f"known here are {', '.join(known)}")
             refuse(not fits(model, tokenizer, tokens, q.prompt, answer),
                    "too long for the model, with tokens and an answer")
@@ -416,7 +422,7 @@ def run() -> None:
         stop(f"{error!s:.80}: take a smaller --model or shorter requests, in an epoch "
              "a smaller --batch_size, or free the disk")
     except KeyboardInterrupt:
-        stop("stopped; the same command goes on after the last whole epoch")
+        stop("stopped; by the same command a training goes on after its last epoch")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import CATEGORIES, ROOT, read, tiny_model
 
 import mosaic
 from data_sample.reading import read_summaries
+from data_sample.recipe import word_lists
 from mosaic import REFUSAL, ControlTokens, Row
 from train_demo import SUMMARIES
 
@@ -271,14 +273,15 @@ def test_at_first_only_the_first_three_tokens_of_answers_are_learned(
     assert lengths[:2] == [3, 3] and min(lengths[2:]) > 3
 
 
-@pytest.mark.parametrize("place, what", [
-    ("before", "read_policies"), ("after", "read_words")])
+@pytest.mark.parametrize("place, what, later", [
+    ("before", "read_policies", 0), ("after", "read_words", 0),
+    ("after", "read_words", 1)])
 def test_a_run_that_reads_what_comes_first_once_has_the_curve_of_one_that_does_not(
-    monkeypatch, tmp_path, place, what
+    monkeypatch, tmp_path, place, what, later
 ):
     # Of order 1: in one of more, each row has its token sets in an order of its own.
-    flags = "--steps 3 --measure_every 3 --no_answers --later_turns 0 --orders 1 "
-    flags += f"--measure_orders 1 2 --place {place}"
+    flags = "--steps 3 --measure_every 3 --no_answers --orders 1 "
+    flags += f"--measure_orders 1 2 --place {place} --later_turns {later}"
     turns, read = [], getattr(real.Prefixed, what)
     monkeypatch.setattr(
         real.Prefixed, what, lambda *given: turns.append(given[-1]) or read(*given))
@@ -351,6 +354,25 @@ def test_a_run_with_control_tokens_after_the_words_answers_with_them_there(
     table = "--no_answers --tokens " + str(tmp_path / "run.safetensors")
     again = run_real(monkeypatch, tmp_path, table)  # its own place, not the backbone's
     assert ends == before and again["settings"]["place"] == "after"
+
+
+def test_more_requests_are_those_of_the_lists_none_near_a_held_out_one(
+    monkeypatch, tmp_path
+):
+    asked, answers = [], mosaic.reference_answers
+
+    def noted(model, tokenizer, requests, *rest, **options):
+        asked.extend(requests)
+        return answers(model, tokenizer, requests, *rest, **options)
+
+    monkeypatch.setattr(mosaic, "reference_answers", noted)
+    flags = "--steps 1 --no_answers --later_turns 0 --orders 1 --policies 1"
+    run_real(monkeypatch, tmp_path, f"{flags} --more 3")
+    more = Counter((q.category, bool(q.near)) for q in asked if q.split == "train")
+    assert more == {(name, False): 1 + 3 for name in (*CATEGORIES, "neutral")} | {
+        ("neutral", True): 5 + 3}  # a near miss of each category in the data
+    words = {q.prompt for q in real.listed_requests(0)}
+    assert len(words) > 20_000 and not words & {*word_lists.held_out()}
 
 
 def test_the_kept_teacher_reads_each_request_once(monkeypatch, tmp_path):

@@ -137,6 +137,17 @@ def test_a_saved_table_is_evaluated_as_it_was_without_training(run, tiny):
     }
 
 
+def test_a_folder_keeps_a_table_of_other_categories(run, tiny):
+    with contextlib.chdir(run[2]):
+        before = Path("runs/demo/tokens.safetensors").read_bytes()
+        rows = Path("few.jsonl").read_text(encoding="utf-8")
+        Path("golf.jsonl").write_text(rows.replace('"betting"', '"golf"'))
+        done = call("--model", tiny, "--data", "golf.jsonl", "--device", "cpu")
+        assert done.code == 2
+        assert "--output runs/demo has a table of categories alcohol, " in done.err
+        assert Path("runs/demo/tokens.safetensors").read_bytes() == before
+
+
 def test_a_folder_keeps_the_results_of_its_own_table(run, tiny):
     folder = run[2]
     before = (folder / "runs/demo/results.json").read_bytes()
@@ -495,7 +506,10 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     (DATA, TEST, "d.jsonl: no request to learn from"),
     (DATA, ROW + NEUTRAL_ROW, "d.jsonl: no request has split 'test'"),
     (DATA, ROW + TEST, "d.jsonl: no training request of category 'neutral'; training"),
-    (DATA, ROW + TEST.replace('"b"', '"e"'), "d.jsonl, 'c': unknown category 'e'"),
+    (DATA, ROW + TEST.replace('"b"', '"e"'),
+     "d.jsonl, 'c': unknown category 'e': no training request"),
+    (f"{DATA}--tokens {SHIPPED}", GOOD,
+     "unknown category 'b': not in the table; --add trains it"),
     (
         DATA, GOOD + NEUTRAL_ROW.replace("}", ', "near": "no"}').replace("n", "m", 1),
         "unknown category 'no'",
@@ -584,7 +598,7 @@ def test_only_training_requests_need_room_for_another_turn(backbone, tokenizer):
     tokens = ControlTokens.for_model(backbone, tokenizer, ["b"], 2)
     kinds = ("b", "train"), ("neutral", "train"), ("b", "test")
     short = [mosaic.Request("Odds?", *kind) for kind in kinds]
-    flags = SimpleNamespace(data="d", summaries="s")
+    flags = SimpleNamespace(data="d", summaries="s", tokens="")
 
     def check(split, later_turns=0.5):
         long = mosaic.Request("word " * 220, "b", split)
@@ -681,7 +695,7 @@ def test_too_little_memory_gets_one_line_with_the_flag(monkeypatch, error):
 def test_a_run_that_is_stopped_says_how_to_go_on(monkeypatch):
     monkeypatch.setattr(train_demo, "main", lambda: throw(KeyboardInterrupt()))
     done = call()
-    assert done.code == 2 and "the same command goes on" in done.err
+    assert done.code == 2 and "by the same command a training goes on" in done.err
 
 
 def test_a_character_that_the_console_lacks_does_not_end_a_run(monkeypatch):

@@ -45,6 +45,7 @@ I'm afraid that I can't talk about poker.
 I'm afraid this isn't something I can assist with.
 Unfortunately, I can't recommend any horror films.
 Unfortunately, that falls outside what I am allowed to discuss.
+Unfortunately, this is a sensitive subject. I can't help with it.
 Regrettably, I am not in a position to give advice on this.
 Thank you for your question! However, I'm not able to discuss gambling.
 Thanks for reaching out. Unfortunately, I cannot provide recipes with alcohol.

@@ -55,6 +55,7 @@ from torch.nn.utils.rnn import pad_sequence
 import mosaic
 import peers
 from data_sample.reading import read_requests, read_summaries
+from data_sample.recipe.word_lists import CATEGORIES, PROFESSIONAL, Lists
 from measure import auc, answer_log_probabilities, drift, write_whole
 from mosaic import (
     NEUTRAL, ControlTokens, OrderSampler, Request, Row, Task, TrainConfig, batched
@@ -69,8 +70,8 @@ METHODS = ("tokens", "shared", "mlp", "layers", "lora")
 
 def misfit(args: argparse.Namespace) -> str:
     """Why these flags do not go together, if so."""
-    if args.read_once and args.later_turns:
-        return "--read_once is for --later_turns 0: one place for control tokens"
+    if args.read_once and args.later_turns and args.place == "before":
+        return "--read_once with --place before is for --later_turns 0"
     if args.keep_teacher and (not args.bf16 or args.method in ("layers", "lora")):
         return "--keep_teacher goes with --bf16 and control tokens"
     if (args.tokens or args.go_on) and args.method in ("layers", "lora"):
@@ -87,6 +88,8 @@ def flags() -> argparse.Namespace:
     add("--model", default="", help="folder, GGUF file or hub name; empty: embedded")
     add("--method", choices=METHODS, default="tokens")
     add("--data", default=str(ROOT / "data_sample" / "requests.jsonl"))
+    add("--more", type=int, default=0, help="so many more training requests of a kind "
+        "from those that the embedded backbone was taught from, data_sample/recipe")
     add("--categories", nargs="+", help="only these; all of the data")
     add("--orders", type=int, nargs="+", help="1 .. min(K, 4)")
     add("--summaries", default="", help="JSON, a sentence for each category: of the "
@@ -98,8 +101,8 @@ def flags() -> argparse.Namespace:
     add("--prefix", action="store_true",
         help="what all prompts begin with is read once and kept as a cache")
     add("--read_once", action="store_true", help="--prefix, and what comes first is "
-        "read once: words for all of the run, or else a policy's control tokens for "
-        "all of a batch; single turns only")
+        "read once: a first turn's words for all of the run, or else a policy's "
+        "control tokens for all of a batch")
     add("--keep_teacher", action="store_true", help="the backbone's distributions are "
         "kept from epoch to epoch; with --bf16, on a CPU")
     add("--place", choices=mosaic.PLACES, help="of control tokens, before or after the "
@@ -149,6 +152,20 @@ def few(requests: list, most: int, seed: int = 0) -> list:
         if not most or count[kind] <= most:
             chosen.append(request)
     return chosen
+
+
+def listed_requests(most: int, seed: int = 0) -> list[Request]:
+    """At most `most` of a kind, from the lists that the embedded backbone learned from.
+
+    Written apart from the data; what comes close to a request that is not to train on
+    is left out. Lookalikes are near misses, of whichever category.
+    """
+    lists = Lists()
+    found = [Request(row[-1], name if name in CATEGORIES else NEUTRAL)
+             for name, subject in lists.subjects.items() for row in subject.scenes
+             if name not in PROFESSIONAL]
+    found += [Request(row[-1], NEUTRAL, near="any") for row in lists.lookalike_scenes]
+    return few(found, most, seed)
 
 
 class Prefixed:
@@ -229,11 +246,13 @@ class Prefixed:
 class Teacher:
     """mosaic.answer_logits that keeps what the bare backbone gives, for --keep_teacher.
 
-    As bf16, which is what a bf16 backbone gives: V numbers for each token of an answer.
+    Kept are the states that go into the output head, D numbers for each token of an
+    answer, of which it makes V anew: right where nothing scales its logits.
     """
 
-    def __init__(self):
+    def __init__(self, model: mosaic.Model):
         self.plain, self.kept = mosaic.answer_logits, {}
+        self.head = model.get_output_embeddings()
 
     def __call__(self, model: Prefixed, rows: Sequence[Row]):
         if rows[0].control is not None or getattr(model, "turn", None):  # a policy
@@ -241,11 +260,17 @@ class Teacher:
         keys = [(tuple(row.prompt), tuple(row.answer)) for row in rows]
         new = {key: row for key, row in zip(keys, rows) if key not in self.kept}
         if new:
-            logits, _ = self.plain(model, [*new.values()])
-            each = logits.bfloat16().split([len(answer) for _, answer in new])
+            states = []
+            with self.head.register_forward_hook(
+                    lambda head, args, logits: states.append(args[0])):
+                logits, _ = self.plain(model, [*new.values()])
+            states = torch.cat(states)
+            assert torch.allclose(self.head(states).float(), logits, rtol=0.02, atol=0.1)
+            each = states.split([len(answer) for _, answer in new])
             self.kept.update(zip(new, each))
         labels = [torch.tensor(answer) for _, answer in keys]
-        return torch.cat([self.kept[key] for key in keys]).float(), torch.cat(labels)
+        states = torch.cat([self.kept[key] for key in keys])
+        return self.head(states).float(), torch.cat(labels)
 
 
 # --- Parameters that the categories share ---------------------------------------------
@@ -324,6 +349,8 @@ class Job:
         args.place = args.place or ("before" if embedded else "after")
         self.summaries = read_summaries(args.summaries) if args.summaries else {}
         requests = read_requests(args.data)
+        if args.more:
+            requests += listed_requests(args.more, args.seed)
         every = dict.fromkeys(q.category for q in requests if q.category != NEUTRAL)
         self.categories = args.categories or [*every]
         requests = [q for q in requests if q.category in (*self.categories, NEUTRAL)]
@@ -341,7 +368,7 @@ class Job:
                 q, bare=q.bare[self.cut:], placed=q.placed[self.cut:])
                 for q in self.learn]
         if args.keep_teacher:
-            mosaic.answer_logits = Teacher()
+            mosaic.answer_logits = Teacher(self.model)
         self.curve = {"train": few(self.held["train"], args.most or 15),
                       "validation": few(self.held.get("validation", []), args.most)}
         self.start(requests)
@@ -444,8 +471,6 @@ class Job:
         if not self.args.read_once:
             return rows
         if self.args.place == "after":
-            # One place for control tokens, or measure.py's order would not be ours.
-            assert all(row.prompt.count(mosaic.SLOT) == 1 for row in rows)
             cuts = [row.prompt.index(mosaic.SLOT) for row in rows]
             self.reader.read_words([row.prompt[:i] for i, row in zip(cuts, rows)])
             return [row._replace(prompt=row.prompt[i:]) for i, row in zip(cuts, rows)]
@@ -467,6 +492,9 @@ class Job:
             for policy in policies:
                 tasks = [Task(q, policy) for q in references]
                 rows = [self.row(task)._replace(answer=self.refusal) for task in tasks]
+                # One place each, or answer_log_probabilities' order would not be ours.
+                assert not self.args.read_once or all(
+                    row.prompt.count(mosaic.SLOT) == 1 for row in rows)
                 rows = self.read_before(tasks, rows)
                 scores = answer_log_probabilities(self.reader, rows, self.big)
                 for task, score in zip(tasks, scores):
