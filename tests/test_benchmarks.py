@@ -326,7 +326,8 @@ def test_a_saved_table_is_judged_by_its_own_sentence_and_keeps_its_settings(
     found = run_real(monkeypatch, tmp_path, f"{flags} --tokens {table}")
     assert found["validation"][0]["dsr"]["rate"] == 1
     assert found["settings"]["refusal"] == "No!"
-    for more in "--method lora", "--place after":  # that is not in it
+    # That is not in it, or not for the place that it has.
+    for more in "--method lora", "--place after", "--read_once --later_turns 0.5":
         with pytest.raises(SystemExit):
             run_real(monkeypatch, tmp_path, f"{flags} --tokens {table} {more}")
 

@@ -70,8 +70,6 @@ METHODS = ("tokens", "shared", "mlp", "layers", "lora")
 
 def misfit(args: argparse.Namespace) -> str:
     """Why these flags do not go together, if so."""
-    if args.read_once and args.later_turns and args.place == "before":
-        return "--read_once with --place before is for --later_turns 0"
     if args.keep_teacher and (not args.bf16 or args.method in ("layers", "lora")):
         return "--keep_teacher goes with --bf16 and control tokens"
     if (args.tokens or args.go_on) and args.method in ("layers", "lora"):
@@ -265,7 +263,7 @@ class Teacher:
                     lambda head, args, logits: states.append(args[0])):
                 logits, _ = self.plain(model, [*new.values()])
             states = torch.cat(states)
-            assert torch.allclose(self.head(states).float(), logits, rtol=0.02, atol=0.1)
+            assert torch.allclose(self.head(states).float(), logits, 0.02, 0.1)
             each = states.split([len(answer) for _, answer in new])
             self.kept.update(zip(new, each))
         labels = [torch.tensor(answer) for _, answer in keys]
@@ -347,6 +345,8 @@ class Job:
             args.place = place
         embedded = Path(name).resolve() == EMBEDDED
         args.place = args.place or ("before" if embedded else "after")
+        if args.read_once and args.later_turns and args.place == "before":
+            raise SystemExit("--read_once with --place before is for --later_turns 0")
         self.summaries = read_summaries(args.summaries) if args.summaries else {}
         requests = read_requests(args.data)
         if args.more:
