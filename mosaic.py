@@ -1067,9 +1067,8 @@ def train(
     policies and stay as they are. `references`: earlier `training_references`, in place
     of `requests`. `checkpoint`: a file written after each epoch, from which the same
     call goes on, given the table as it was. ValueError: an order outside 1..K, nothing
-    to train, a category without requests, references for another place, a checkpoint of
-    another run, a table of another backbone, a template and tokenizer that end no
-    answer, vectors that are not finite (the checkpoint has the epoch before).
+    to train, a category without requests, another backbone or place, a checkpoint of
+    another run, no known end of answers, vectors not finite (it has those before).
     """
     k = len(tokens.categories)
     if not {*(config.orders or ())} <= {*range(1, k + 1)} or not tokens.trainable:
