@@ -98,8 +98,9 @@ class Request:
     near: str | None = None
 
     def __post_init__(self):
-        if self.near and self.category != NEUTRAL:
-            raise ValueError(f"{self.prompt!r:.80}: only {NEUTRAL} ones can be near")
+        if self.near and not (isinstance(self.near, str) and self.category == NEUTRAL):
+            what = f"near is {self.near!r} of {self.category!r} {self.prompt!r:.60}"
+            raise ValueError(f"{what}: only {NEUTRAL} ones are near a category")
 
 
 def as_messages(prompt: Prompt) -> list[dict]:
@@ -141,16 +142,20 @@ FORMAT = 3  # of a saved table
 def check_backbone(model: Model) -> None:
     """ValueError: a model with which training or export would be silently wrong."""
     config = model.config.get_text_config()
-    if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma 3n
+    by_ids = config.model_type == "falcon_h1"  # it scales embeddings of ids only
+    if by_ids or getattr(config, "hidden_size_per_layer_input", 0):  # Gemma 3n
         raise ValueError("no backbone here: it reads ids, not embeddings alone")
     if config.model_type in ("rwkv", "recurrent_gemma", "xlstm"):
         raise ValueError("no backbone here: it reads padding")
+    if config.model_type == "gpt_oss":
+        raise ValueError("no backbone here: it thinks aloud first")
     names = [type(part).__module__ for part in model.modules()]
     names += [name for name, _ in model.named_parameters()]
     if any(name.startswith("peft.") or "lora_" in name for name in names):
         raise ValueError("it carries an adapter: take model.merge_and_unload()")
-    if any(weight.is_meta for weight in model.parameters()):
-        raise ValueError("it is offloaded: load the whole model on one device")
+    devices = {weight.device for weight in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise ValueError("it is split or offloaded: load the whole model on one device")
 
 
 def fingerprint(model: Model) -> str:
@@ -193,8 +198,9 @@ def stream_size(model: Model, tokenizer: Tokenizer) -> float:
     middle = states[(len(states) - 1) // 2].float()  # (1, L, D)
     # The median position: the first one's is often a hundred times as large.
     size = middle.square().mean(-1).sqrt().median().item()
-    # Some families (Granite) scale embeddings behind the module.
-    return size / getattr(model.config.get_text_config(), "embedding_multiplier", 1)
+    # Some families (Granite, Trinity) scale embeddings behind the module.
+    given, read = model.get_input_embeddings()(ids).float(), states[0].float()
+    return size * (given.norm() / read.norm()).item()
 
 
 def telling_ids(
@@ -361,9 +367,9 @@ class Row(NamedTuple):
     answer: Sequence[int] = ()
 
 
-# Where control tokens stand in each of the user's turns. A token sees only what is to
-# its left: "before" the words, as in the paper, it cannot see them, "after" them it
-# can. (The strips: some templates trim, and tokens are to touch the words.)
+# Where control tokens stand in each of the user's turns, as Jinja for WITH_CONTROL
+# below. A token sees only what is to its left: "before" the words, as in the paper, it
+# cannot see them, "after" them it can. (The strips: some templates trim.)
 PLACES = {
     "before": "mosaic.control ~ mosaic.words.lstrip()",
     "after": "mosaic.words.rstrip() ~ mosaic.control",
@@ -480,7 +486,7 @@ def prompt_ids(
     Differs from the paper, which writes [z_S, x] and does not speak of chat templates:
     x is what the user says, so the tokens stand inside the turn, and in a chat in each.
     "before" x is the paper's place; "after" it SmolLM2 and Qwen2.5-Coder-0.5B learned
-    faster; the embedded backbone, pretrained on nothing there, learns less.
+    faster; a toy model, pretrained on nothing there, learned less.
 
     An exported checkpoint has the same ids, since it has the same template. ValueError:
     the template opens a thought or, with a place, drops or repeats the user's words.
@@ -535,7 +541,7 @@ def make_batch(
         assert flat.shape[1] == x.shape[2], f"tokens {flat.shape}, backbone {x.shape}"
         x = x.index_put((ids == SLOT).nonzero(as_tuple=True), flat)  # row by row
     mask = ids != PAD  # (B, L)
-    # For a left-padded forward of your own: GPT-2 would count the padding, silently.
+    # Needed by a left-padded forward of yours alone: GPT-2 would count the padding.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, L)
     inputs = {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions}
     return inputs, labels
@@ -862,14 +868,16 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
+            if name in ("orders", "optimizer"):
+                continue
             whole = isinstance(getattr(TrainConfig, name), int)
+            kind, called = (int, "whole number") if whole else ((int, float), "number")
             may_be_0 = name.endswith("weight") or name in ("later_turns", "seed")
             least = 0 if may_be_0 else 1 if whole else 1e-9
             most = 1 if name == "later_turns" else 1e9
-            if isinstance(value, (int, float)) and not least <= value <= most:
-                raise ValueError(f"{name} is {value}; it must be in {least}..{most:g}")
-            if whole and not isinstance(value, int):
-                raise ValueError(f"{name} is {value}; it must be a whole number")
+            if not isinstance(value, kind) or not least <= value <= most:
+                what = f"{name} is {value!r}; it must be a {called}"
+                raise ValueError(f"{what} in {least}..{most:g}")
         if self.optimizer not in ("muon", "adam"):
             raise ValueError(f"optimizer is {self.optimizer!r}; take muon or adam")
         if self.orders is not None:  # a range or a set could not be saved as JSON
@@ -1068,7 +1076,8 @@ def train(
     of `requests`. `checkpoint`: a file written after each epoch, from which the same
     call goes on, given the table as it was. ValueError: an order outside 1..K, nothing
     to train, a category without requests, another backbone or place, a checkpoint of
-    another run, no known end of answers, vectors not finite (it has those before).
+    another run, no known end of answers, vectors not finite (the checkpoint is of the
+    epoch before).
     """
     k = len(tokens.categories)
     if not {*(config.orders or ())} <= {*range(1, k + 1)} or not tokens.trainable:

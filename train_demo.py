@@ -295,25 +295,31 @@ def load_tokens(flags, model, tokenizer, requests) -> ControlTokens:
         tokens.add(model, tokenizer, flags.add, requests=requests, seed=flags.seed)
         flags.tokens_per_category = len(tokens.vectors[0])
         flags.place = tokens.made_for["place"]
-        return tokens
-    found = dict.fromkeys(q.category for q in requests if q.split == "train")
-    found.pop(NEUTRAL, None)
-    refuse(not found, f"{flags.data}: no request to learn from; it takes some with "
-           f"split train and a category other than {NEUTRAL}")
+    else:
+        found = dict.fromkeys(q.category for q in requests if q.split == "train")
+        found.pop(NEUTRAL, None)
+        refuse(not found, f"{flags.data}: no request to learn from; it takes some with "
+               f"split train and a category other than {NEUTRAL}")
+        tokens = ControlTokens.for_model(
+            model, tokenizer, [*found], flags.tokens_per_category, requests,
+            place=flags.place, seed=flags.seed)
     there = Path(flags.output) / "tokens.safetensors"
-    old = ControlTokens.load(str(there)).categories if there.exists() else [*found]
-    refuse({*old} != {*found}, f"--output {flags.output} has a table of categories "
-           f"{', '.join(old)}: give another folder")
-    return ControlTokens.for_model(
-        model, tokenizer, [*found], flags.tokens_per_category, requests,
-        place=flags.place, seed=flags.seed)
+    old = ControlTokens.load(str(there)) if there.exists() else tokens
+    refuse({*old.categories} != {*tokens.categories}, f"--output {flags.output} has a "
+           f"table of categories {', '.join(old.categories)}: give another folder")
+    return tokens
 
 
 def check_fit(flags, config, model, tokenizer, tokens, requests, summaries) -> None:
     """ValueError: what would end a training in vain, or give figures that mislead."""
     known = [*tokens.categories, NEUTRAL]
     answer = max(SHOWN_TOKENS, config.answer_tokens)
-    why = "not in the table; --add trains it" if flags.tokens else "no training request"
+    why = "no training request"
+    if flags.tokens:
+        why = "not in the table; --add trains it, --data names other requests"
+    unread = {*summaries} - {*known} if flags.summaries != str(SUMMARIES) else set()
+    refuse(unread, f"{flags.summaries}: unknown category {', '.join(sorted(unread))}; "
+           f"known here are {', '.join(tokens.categories)}")
     refuse("test" not in {q.split for q in requests},
            f"{flags.data}: no request has split 'test'; name it in some rows or, "
            "without that column, take more of them")

@@ -6,6 +6,7 @@ how to mend it: a label misread in silence would be trained on.
 
 import csv
 import glob
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 import datasets
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mosaic import NEUTRAL, Model, Request, Tokenizer, as_messages, prompt_ids
@@ -54,6 +56,7 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
     try:
         if not os.path.isdir(source):
             find_on_hub(source)
+            print(f"loading {name} from the hub or its cache", flush=True)
         if os.path.isfile(f"{source}/adapter_config.json"):
             from peft import AutoPeftModelForCausalLM
 
@@ -89,7 +92,11 @@ def read_backbone(name: str, device: str) -> tuple[Model, Tokenizer]:
 def find_on_hub(name: str) -> None:
     """One look for a checkpoint, kept here or on the hub; from_pretrained takes 19."""
     if not try_to_load_from_cache(name, "config.json"):
-        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        except RemoteEntryNotFoundError:
+            raise ValueError("it has no config.json; fetch a GGUF file or a LoRA "
+                             "folder with `hf download` and name that") from None
 
 
 @torch.no_grad()
@@ -301,10 +308,11 @@ def csv_rows(path: str) -> Iterator[tuple[str, dict]]:
             elif any(cells):
                 refuse([name.strip("\ufeff \t") for name in cells] == columns,
                        f"{here}: the header again; take it out")
-                refuse(len(cells) != len(columns),
+                refuse(len(cells) > len(columns),
                        f"{here}: {len(cells)} cells, but {len(columns)} columns; put "
                        f'"quotes" around a cell with {mark!r} in it')
-                yield here, dict(zip(columns, cells))
+                # Excel leaves out the last cells of rows where they are empty.
+                yield here, dict(itertools.zip_longest(columns, cells, fillvalue=""))
     except csv.Error as error:
         raise ValueError(f'{path}:{start}: {error}; put "quotes" around the whole cell '
                          'and write "" for each inside') from None

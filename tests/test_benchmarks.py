@@ -553,3 +553,17 @@ def test_what_a_probe_tells_apart_is_counted_over_all_policies_of_an_order():
     above = [a > b for a in active for b in others]  # whatever their policies are
     found = data.told_apart(log_p, y, near, 2)
     assert found[1]["auc"] == round(sum(above) / len(above), 4)
+
+
+def test_a_probe_reads_the_layer_it_names_at_the_end_of_each_prompt(model, tokenizer):
+    asked = [mosaic.Request(words, "neutral") for words in ("Hi", "Odds of 7/2 then?")]
+    found = {layer: data.end_states(model, tokenizer, asked, 2, layer)
+             for layer in (1, -1)}
+    seen = {1: [], -1: []}
+    for layer, part in (1, model.model.layers[0]), (-1, model.model.norm):
+        part.register_forward_hook(
+            lambda _, x, out, layer=layer: seen[layer].append(out[0, -1]))
+    for request in asked:  # each alone: there is no padding
+        model(torch.tensor([mosaic.prompt_ids(tokenizer, request.prompt)]))
+    for layer, states in found.items():
+        torch.testing.assert_close(states, torch.stack(seen[layer]), atol=1e-4, rtol=0)

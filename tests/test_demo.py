@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import EMBEDDED, ROOT, read, tiny_model
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -143,6 +144,13 @@ def test_a_folder_keeps_a_table_of_other_categories(run, tiny):
         rows = Path("few.jsonl").read_text(encoding="utf-8")
         Path("golf.jsonl").write_text(rows.replace('"betting"', '"golf"'))
         done = call("--model", tiny, "--data", "golf.jsonl", "--device", "cpu")
+        assert done.code == 2
+        assert "--output runs/demo has a table of categories alcohol, " in done.err
+        assert Path("runs/demo/tokens.safetensors").read_bytes() == before
+        # Nor does a table that grows take the place of one that grew otherwise.
+        shutil.copytree("runs/demo", "mine")
+        done = call("--model", tiny, "--data", "golf.jsonl", "--device", "cpu",
+                    "--tokens", "mine/tokens.safetensors", "--add", "golf")
         assert done.code == 2
         assert "--output runs/demo has a table of categories alcohol, " in done.err
         assert Path("runs/demo/tokens.safetensors").read_bytes() == before
@@ -484,7 +492,7 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     (DATA + "--output d.jsonl/deeper", GOOD, "Not a directory: 'd.jsonl/deeper'"),
     ("--tokens_per_category 0", None, "cannot make 0 tokens for each"),
     # The ranges of TrainConfig
-    ("--epochs 0", None, "epochs is 0; it must be in 1..1e+09"),
+    ("--epochs 0", None, "epochs is 0; it must be a whole number in 1..1e+09"),
     ("--batch_size -1", None, "batch_size is -1; it must be"),
     ("--answer_tokens 0", None, "answer_tokens is 0; it must be"),
     ("--positives_per_subset 0", None, "positives_per_subset is 0; it must be"),
@@ -531,6 +539,10 @@ WRONG = [  # (flags, content of d.jsonl, what the line must say)
     (
         "--summaries d.jsonl", json.dumps({"alcohol": "word " * 9999}),
         "too long for the model with the written instruction; shorten the sentences of",
+    ),
+    (
+        "--summaries d.jsonl", '{"Alcohol": "Drinks."}',
+        "d.jsonl: unknown category Alcohol; known here are addiction, alcohol, ",
     ),
     # The table
     ("--tokens none", None, "none is no table to use here"),
@@ -911,6 +923,16 @@ def test_without_a_network_a_hub_name_is_looked_for_once(no_network, name):
     with pytest.raises(ValueError, match=f"model {name} cannot be used: .*not known"):
         train_demo.load_backbone(name, "cpu")
     assert 1 <= len(no_network) <= 2
+
+
+def test_a_name_of_the_hub_without_a_config_is_told_what_to_do(monkeypatch):
+    def fail(url):
+        answer = SimpleNamespace(headers={}, request=None)
+        raise RemoteEntryNotFoundError("404", response=answer)
+
+    monkeypatch.setattr(reading, "get_hf_file_metadata", fail)
+    with pytest.raises(ValueError, match="no config.json; fetch a GGUF file or a LoRA"):
+        train_demo.load_backbone("some/Model-GGUF", "cpu")
 
 
 @pytest.fixture

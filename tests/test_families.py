@@ -90,9 +90,11 @@ def test_a_model_that_embeds_elsewhere_is_refused_with_a_way_out(model, tokenize
     with pytest.raises(ValueError, match="reads ids, not embeddings alone"):
         ControlTokens.for_model(model, tokenizer, CATEGORIES)
     model.config.hidden_size_per_layer_input = 0
-    model.config.model_type = "rwkv"
-    with pytest.raises(ValueError, match="reads padding"):
-        ControlTokens.for_model(model, tokenizer, CATEGORIES)
+    for family, why in (("falcon_h1", "reads ids, not embeddings alone"),
+                        ("rwkv", "reads padding"), ("gpt_oss", "thinks aloud first")):
+        model.config.model_type = family
+        with pytest.raises(ValueError, match=why):
+            ControlTokens.for_model(model, tokenizer, CATEGORIES)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_model_with_an_adapter_or_not_whole_is_refused_everywhere(
             config = peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2)
         model = peft.get_peft_model(model, config)
     said = r"carries an adapter: take model\.merge_and_unload\(\)"
-    said = "is offloaded: load the whole model" if kind == "offloaded" else said
+    said = "split or offloaded: load the whole" if kind == "offloaded" else said
     with pytest.raises(ValueError, match=said):
         ControlTokens.for_model(model, tokenizer, CATEGORIES)
     with pytest.raises(ValueError, match=said):

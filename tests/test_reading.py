@@ -147,6 +147,14 @@ def test_empty_cells_of_near_and_split_mean_none(give):
     assert [q.near for q in give("d.jsonl", lines(*rows))] == [None] * 3
 
 
+def test_the_last_cells_of_a_row_may_be_left_out_as_excel_does_where_they_are_empty(
+    give
+):
+    found = give("d.csv", "request,category,near\na,neutral,b\nc,b\nd,b\n")
+    assert [(q.prompt, q.category, q.near) for q in found] == [
+        ("a", "neutral", "b"), ("c", "b", None), ("d", "b", None)]
+
+
 def test_a_column_may_be_null_for_ten_megabytes_and_text_then(give):
     row = {"category": "neutral", "near": None, "split": None, "note": "x" * 1000}
     rows = [row | {"request": f"question {i}"} for i in range(10_500)]
@@ -404,8 +412,8 @@ WRONG = [  # (file, its text, pattern of the line)
     ("d.csv", "request,category\nHi, Negroni?,alcohol\n", ':2: 3 cells, .*"quotes"'),
     ("d.csv", "request,category\na,b\nc,b,d,e\n", ":3: 4 cells, but 2 columns"),
     ("d.csv", "request,category\na,b,\nc,b,\n", ":2: 3 cells, but 2 columns"),
-    ("d.csv", "request,category\na,b\nc\n", ":3: 1 cells, but 2 columns"),
-    ("d.csv", "request,category,near\na,b\n", ":2: 2 cells, but 3 columns"),
+    ("d.csv", "request,category\na,b\nc\n", ":3: category is ''"),
+    ("d.csv", "request,category,split\na,b,test\nc,b\n", "fill it in every row or in none"),
     ("d.csv", "request,category\n\n\na,b,c\n", ":4: 3 cells"),
     ("d.csv", 'request,category\n"a\nb\nc",d\n\n"e\nf",\n', ":6: category is ''"),
     ("d.csv", 'request,category\n"a\nb",d\nc,d,e\n', ":4: 3 cells"),

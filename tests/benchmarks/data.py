@@ -3,10 +3,10 @@
     python tests/benchmarks/data.py --model runs/models/FILE.gguf --bf16
 
 Declined: share of each category's requests, judged on 48 tokens. Probe: logistic
-regression on the frozen last state of the prompt, six classes, learned from 100 and
-from 300 training requests of each (near misses left out): what more data is worth. And
-from all training requests, near misses too: how well whoever reads that state could
-tell the requests of a policy's categories from all others.
+regression on the frozen last state of the prompt (or on that of --layer), six classes,
+learned from 100 and from 300 training requests of each (near misses left out): what
+more data is worth. And from all training requests, near misses too: how well whoever
+reads that state could tell the requests of a policy's categories from all others.
 """
 
 import argparse
@@ -48,16 +48,17 @@ def declined(
 
 
 @torch.no_grad()
-def last_states(
-    model: Model, tokenizer: Tokenizer, requests: list[Request], batch_size: int
+def end_states(
+    model: Model, tokenizer: Tokenizer, requests: list[Request], batch_size: int,
+    layer: int = -1,
 ) -> Tensor:
-    """The last layer's state at the end of each prompt, (N, D)."""
+    """A layer's state at the end of each prompt, (N, D); -1: the last one's."""
     rows = [Row(mosaic.prompt_ids(tokenizer, q.prompt)) for q in requests]
     found = []
     for start in range(0, len(rows), batch_size):
         inputs, _ = mosaic.make_batch(model, rows[start : start + batch_size], "left")
-        out = model.get_decoder()(**inputs, use_cache=False)
-        found.append(out.last_hidden_state[:, -1].float().cpu())  # padded on the left
+        out = model.get_decoder()(**inputs, use_cache=False, output_hidden_states=True)
+        found.append(out.hidden_states[layer][:, -1].float().cpu())  # padding is left
     return torch.cat(found)
 
 
@@ -103,7 +104,8 @@ def told_apart(log_p: Tensor, y: Tensor, near: Tensor, k: int) -> dict[int, dict
 
 
 def probes(
-    model: Model, tokenizer: Tokenizer, requests: list[Request], batch_size: int
+    model: Model, tokenizer: Tokenizer, requests: list[Request], batch_size: int,
+    layer: int = -1,
 ) -> dict[str, dict]:
     """Test accuracy by the number of training requests, and what `told_apart` gives.
 
@@ -111,7 +113,7 @@ def probes(
     """
     every = dict.fromkeys(q.category for q in requests if q.category != NEUTRAL)
     classes = [*every, NEUTRAL]
-    x = last_states(model, tokenizer, requests, batch_size)
+    x = end_states(model, tokenizer, requests, batch_size, layer)
     y = torch.tensor([classes.index(q.category) for q in requests])
     near = torch.tensor([bool(q.near) for q in requests])
     of = {split: torch.tensor([q.split == split for q in requests])
@@ -147,6 +149,8 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--bf16", action="store_true", help="on a CPU")
     parser.add_argument("--only", choices=("probe", "declined"))
+    parser.add_argument("--layer", type=int, default=-1, help="that the probe reads: "
+                        "1 .. the number of layers; the last")
     parser.add_argument("--split", help="of what is asked; all three")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +161,7 @@ def main() -> None:
     requests = read_requests(str(REQUESTS))
     result = {"model": name}
     if args.only != "declined":
-        result["probe"] = probes(model, tokenizer, requests, size)
+        result["probe"] = probes(model, tokenizer, requests, size, args.layer)
     if args.only != "probe":
         asked = [q for q in requests if args.split in (None, q.split)]
         result["declined"] = declined(model, tokenizer, asked, size)
