@@ -1076,8 +1076,7 @@ def train(
     of `requests`. `checkpoint`: a file written after each epoch, from which the same
     call goes on, given the table as it was. ValueError: an order outside 1..K, nothing
     to train, a category without requests, another backbone or place, a checkpoint of
-    another run, no known end of answers, vectors not finite (the checkpoint is of the
-    epoch before).
+    another run, no known end of answers, vectors not finite (the checkpoint's are).
     """
     k = len(tokens.categories)
     if not {*(config.orders or ())} <= {*range(1, k + 1)} or not tokens.trainable:
