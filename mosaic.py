@@ -99,8 +99,8 @@ class Request:
 
     def __post_init__(self):
         if self.near and not (isinstance(self.near, str) and self.category == NEUTRAL):
-            what = f"near is {self.near!r} of {self.category!r} {self.prompt!r:.60}"
-            raise ValueError(f"{what}: only {NEUTRAL} ones are near a category")
+            what = f"{self.prompt!r:.60}, {self.category!r}, near {self.near!r}"
+            raise ValueError(f"{what}: only {NEUTRAL} requests are near a category")
 
 
 def as_messages(prompt: Prompt) -> list[dict]:

@@ -1454,9 +1454,9 @@ def test_what_is_no_list_of_messages_is_refused_by_name(prompt):
 
 
 def test_a_near_miss_is_neutral():
-    with pytest.raises(ValueError, match="is 'alcohol' of 'betting' 'Mocktails.'"):
+    with pytest.raises(ValueError, match="'Mocktails.', 'betting', near 'alcohol': "):
         Request("Mocktails?", "betting", near="alcohol")
-    with pytest.raises(ValueError, match="near is nan of 'neutral' .*only neutral"):
+    with pytest.raises(ValueError, match="'neutral', near nan: only neutral requests"):
         Request("Mocktails?", "neutral", near=math.nan)  # pandas' empty cell
 
 
