@@ -278,24 +278,28 @@ def test_the_shipped_table_is_for_the_shipped_backbone_and_declines(
     assert [is_refusal(answer) for answer in said] == [False, True]
 
 
-def test_the_table_of_a_real_backbone_is_for_the_file_that_the_readme_fetches():
-    tokens = ControlTokens.load(DATA / "qwen_coder.safetensors")
+QWEN = pytest.mark.parametrize("size, d", [("0.5", 896), ("1.5", 1536)])
+
+
+@QWEN
+def test_the_table_of_a_real_backbone_is_for_the_file_that_the_readme_fetches(size, d):
+    tokens = ControlTokens.load(DATA / f"qwen_coder_{size}b.safetensors")
     file = re.search(r"hf download \S+ (\S+) --local-dir models", README)[1]
-    assert tokens.made_for["backbone"] == f"models/{file}"
+    assert tokens.made_for["backbone"] == f"models/{file}".replace("1.5", size)
     assert tokens.made_for["place"] == "after" and tokens.categories == CATEGORIES
-    assert {tuple(v.shape) for v in tokens.vectors} == {(10, 896)}
-    assert "--chat data_sample/qwen_coder.safetensors" in README
-
-
-QWEN = ROOT / "runs" / "models" / "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"
+    assert {tuple(v.shape) for v in tokens.vectors} == {(10, d)}
+    assert "--chat data_sample/qwen_coder_1.5b.safetensors" in README
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not QWEN.exists(), reason=f"needs {QWEN}")
-def test_the_table_of_a_real_backbone_fits_it_and_declines():
+@QWEN
+def test_the_table_of_a_real_backbone_fits_it_and_declines(size, d):
     pytest.importorskip("gguf")
-    model, qwen = read_backbone(str(QWEN), "cpu")
-    tokens = ControlTokens.load(DATA / "qwen_coder.safetensors", model)
+    file = ROOT / f"runs/models/Qwen2.5-Coder-{size}B-Instruct.Q4_K_M.gguf"
+    if not file.exists():
+        pytest.skip(f"needs {file}")
+    model, qwen = read_backbone(str(file), "cpu")
+    tokens = ControlTokens.load(DATA / f"qwen_coder_{size}b.safetensors", model)
     asked = ["How do I make a whisky sour?"] * 3
     said = generate(model, qwen, tokens, asked, [[], ["alcohol"], ["betting"]], 12)
     assert [is_refusal(answer) for answer in said] == [False, True, False]

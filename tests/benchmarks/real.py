@@ -503,13 +503,21 @@ class Job:
         return found
 
     def note(self, step: int, seconds: float, recent: list) -> None:
-        """A point of the curve, into the file at once."""
+        """A point of the curve, into the file at once; so is the table as it is."""
         orders = self.args.measure_orders or self.orders
         aucs = {split: self.auc(held, orders) for split, held in self.curve.items()}
         point = {"step": step, "seconds": round(seconds), **means(recent), "auc": aucs}
         self.result["curve"].append(point)
         print(json.dumps(point), flush=True)
         write(self.args.output, self.result)
+        self.save()
+
+    def save(self) -> None:
+        """The table, beside the result; what is behind it, if so, not."""
+        if self.args.method in ("tokens", "shared", "mlp"):
+            used = dataclasses.asdict(self.config) | {"orders": self.orders}
+            self.tokens.made_for["training"] = used
+            self.tokens.save(str(Path(self.args.output).with_suffix(".safetensors")))
 
     def batches(self):
         """Batches of tasks with their rng, epoch after epoch without an end."""
@@ -576,10 +584,7 @@ class Job:
             spent += time.time() - then
         if self.behind:
             self.behind.write()
-        if args.method in ("tokens", "shared", "mlp"):
-            used = dataclasses.asdict(self.config) | {"orders": self.orders}
-            self.tokens.made_for["training"] = used
-            self.tokens.save(str(Path(args.output).with_suffix(".safetensors")))
+        self.save()
 
     def respond(self, prompts: list, policies: list) -> list[str]:
         tokens, options = self.tokens, {"batch_size": self.big}
