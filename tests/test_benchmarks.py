@@ -314,6 +314,21 @@ def test_kept_answers_are_of_the_same_backbone_data_and_settings(
             run_real(monkeypatch, tmp_path, f"{flags} {more}")
 
 
+def test_a_run_that_is_killed_leaves_its_last_table(monkeypatch, tmp_path):
+    seen, losses = [], real.Job.losses
+
+    def killed(job, *given):
+        seen.append([*map(torch.clone, job.tokens.vectors)])
+        return losses(job, *given) if len(seen) < 3 else sys.exit()
+
+    monkeypatch.setattr(real.Job, "losses", killed)
+    with pytest.raises(SystemExit):
+        run_real(monkeypatch, tmp_path, "--steps 9 --no_answers --measure_every 2")
+    left = ControlTokens.load(str(tmp_path / "run.safetensors")).vectors
+    assert all(map(torch.equal, left, seen[2]))  # after two steps
+    assert not all(map(torch.equal, left, seen[1]))
+
+
 def test_a_saved_table_is_judged_by_its_own_sentence_and_keeps_its_settings(
     monkeypatch, tmp_path
 ):

@@ -503,7 +503,7 @@ class Job:
         return found
 
     def note(self, step: int, seconds: float, recent: list) -> None:
-        """A point of the curve, into the file at once; so is the table as it is."""
+        """A point of the curve, into the file at once, and the table."""
         orders = self.args.measure_orders or self.orders
         aucs = {split: self.auc(held, orders) for split, held in self.curve.items()}
         point = {"step": step, "seconds": round(seconds), **means(recent), "auc": aucs}
@@ -513,7 +513,7 @@ class Job:
         self.save()
 
     def save(self) -> None:
-        """The table, beside the result; what is behind it, if so, not."""
+        """Write the table as it is now beside the result: a run may be killed."""
         if self.args.method in ("tokens", "shared", "mlp"):
             used = dataclasses.asdict(self.config) | {"orders": self.orders}
             self.tokens.made_for["training"] = used
